@@ -1,0 +1,20 @@
+"""omniserve: low-bit, long-context serving of large language models."""
+
+from typing import TYPE_CHECKING
+
+from omniserve.base.types import SamplingParams
+
+if TYPE_CHECKING:
+    from omniserve.llm import LLM
+
+__all__ = ["LLM", "SamplingParams"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """Import the engine when it is first asked for: `omniserve --help` does not wait for torch."""
+    if name == "LLM":
+        from omniserve.llm import LLM
+
+        return LLM
+    raise AttributeError(f"module 'omniserve' has no attribute {name!r}")

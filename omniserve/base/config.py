@@ -1,0 +1,268 @@
+"""Settings: what a user may say, and the resolved configuration that constructors receive.
+
+`Options` holds the public flags (names of serving.md section 5, dashes as underscores): the command line,
+`OMNISERVE_<FLAG>`, YAML files and `LLM(...)` keywords all fill this one dataclass. `resolve` turns it into an
+`EngineConfig` in which nothing is "auto". This is the only module that reads the environment.
+"""
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, cast, get_args, get_origin
+
+from omniserve.base.errors import CapacityError, ConfigError
+from omniserve.base.numbers import human_bytes
+from omniserve.base.spec import Device, ModelSpec
+from omniserve.base.types import PAGE
+
+WeightName = Literal["w4a8", "w8a8", "w16a16"]
+KVName = Literal["kv4", "kv8", "kv16", "kv32"]
+DtypeName = Literal["float32", "float16", "bfloat16", "float64"]
+
+PRECISIONS = (
+    "w4a8kv4", "w4a8kv8", "w4a8", "w8a8kv4", "w8a8kv8", "w8a8", "w16a16kv16", "w16a16kv8", "w16a16kv4",
+)  # fmt: skip
+"""QServe's words, as `--precision` takes them; `w4a8` and `w8a8` alone mean kv8."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precision:
+    """How weights, activations and the KV cache are stored.
+
+    group   columns that share a second-level scale of 4-bit weights: 128, or -1 for one scale per row;
+            meaningless (and 128) for the other weights
+    """
+
+    weight: WeightName
+    kv: KVName
+    group: Literal[-1, 128] = 128
+
+    @property
+    def name(self) -> str:
+        """The canonical word, for instance `w4a8kv4`."""
+        return f"{self.weight}{self.kv}"
+
+    @property
+    def label(self) -> str:
+        """The word with the group size of 4-bit weights, for people: `w4a8kv4 g128`."""
+        group = "per channel" if self.group == -1 else f"g{self.group}"
+        return f"{self.name} {group}" if self.weight == "w4a8" else self.name
+
+    @staticmethod
+    def parse(word: str, group: int = 128) -> "Precision":
+        """Return the precision that a word of `PRECISIONS` names (w16a16 and w4a8kv16 ... too).
+
+        Raises ConfigError, naming the nearest word, if there is no such precision.
+        """
+        lower = word.lower()
+        for weight in get_args(WeightName):
+            if lower.startswith(weight):
+                rest = lower[len(weight) :] or ("kv16" if weight == "w16a16" else "kv8")
+                if rest in get_args(KVName):
+                    if group not in (-1, 128):
+                        raise ConfigError(f"group_size={group}: must be -1 (per channel) or 128")
+                    return Precision(weight=weight, kv=cast(KVName, rest), group=cast(Literal[-1, 128], group))
+        raise ConfigError(f"precision={word!r}: must be one of {', '.join(PRECISIONS)}{nearest(word, PRECISIONS)}")
+
+
+def option(default: Any, help: str, *, choices: tuple[Any, ...] = ()) -> Any:
+    """Return a dataclass field that carries its help text and allowed values."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Everything a user may say about an engine; unset means "auto"."""
+
+    precision: str = option(
+        "auto", f"auto, or one of {', '.join(PRECISIONS)}; auto is the checkpoint's own, w8a8kv8 if it is 16 bit"
+    )
+    group_size: int = option(
+        128, "columns per scale of 4-bit weights quantized at load: 128, or -1 per channel", choices=(-1, 128)
+    )
+    dtype: str = option("auto", "type of what is not quantized", choices=("auto", "float32", "float16", "bfloat16"))
+    load_format: str = option("auto", "format of the weights", choices=("auto", "safetensors", "gguf"))
+    chat_template: str | None = option(None, "file with a Jinja chat template, instead of the model's")
+    device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    backend: str = option(
+        "auto", "auto, or reference: torch references instead of kernels", choices=("auto", "reference")
+    )
+    max_model_len: int | None = option(None, "longest sequence in tokens; default: the model's context")
+    max_num_seqs: int | None = option(None, "requests running at once; default 16 on the CPU, 256 on a GPU")
+    max_num_batched_tokens: int | None = option(None, "tokens per step; default 512 on the CPU, 8192 on a GPU")
+    kv_cache_memory_bytes: int | None = option(None, "memory of the KV pages in bytes; default: what is free")
+    enable_prefix_caching: bool = option(True, "reuse the pages of equal prefixes")
+    async_scheduling: bool | None = option(None, "plan the next step while the last one runs; default: on a GPU only")
+    seed: int = option(0, "seeds requests that bring no seed of their own")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the scheduler may put into a step, and how long a sequence may grow."""
+
+    max_model_len: int
+    max_seqs: int
+    max_step_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheLimits:
+    """Memory of the KV pages and whether equal prefixes share them."""
+
+    memory_bytes: int
+    prefix_caching: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """A resolved configuration: no field is "auto"."""
+
+    precision: Precision
+    dtype: DtypeName
+    device: Device
+    backend: Literal["auto", "reference"]
+    limits: Limits
+    cache: CacheLimits
+    overlap: bool
+    seed: int
+
+
+def resolve(
+    options: Options,
+    spec: ModelSpec,
+    device: Device,
+    *,
+    stored: Precision | None,
+    dtype: DtypeName,
+    token_bytes: int,
+    free_bytes: int,
+) -> EngineConfig:
+    """Return the configuration with every "auto" replaced.
+
+    stored       precision of a quantized checkpoint, None for a 16-bit one
+    dtype        what "auto" means for this checkpoint on this device
+    token_bytes  KV bytes per token of the chosen precision, all layers
+    free_bytes   memory that pages may take when the user does not say
+    Raises ConfigError or CapacityError.
+    """
+    cpu = device.kind == "cpu"
+    length = _positive("max_model_len", options.max_model_len, spec.context)
+    if length > spec.context:
+        raise ConfigError(f"max_model_len={length}: this model's context is {spec.context} tokens")
+    seqs = _positive("max_num_seqs", options.max_num_seqs, 16 if cpu else 256)
+    step = _positive("max_num_batched_tokens", options.max_num_batched_tokens, 512 if cpu else 8192)
+    if step < seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens={step}: must be at least max_num_seqs={seqs}, one token for each request"
+        )
+    page_bytes = token_bytes * PAGE
+    longest = -(-length // PAGE) * page_bytes
+    wanted = _positive("kv_cache_memory_bytes", options.kv_cache_memory_bytes, 0, allow_zero=True)
+    memory = wanted or min(free_bytes, seqs * longest)
+    if memory < longest:
+        fits = memory // page_bytes * PAGE
+        raise CapacityError(
+            f"the KV cache of {human_bytes(memory)} holds {fits} tokens but one request may need {length}: "
+            f"give --kv-cache-memory-bytes {longest} or --max-model-len {max(fits, 1)}"
+        )
+    return EngineConfig(
+        precision=choose_precision(options, stored),
+        dtype=dtype,
+        device=device,
+        backend="reference" if options.backend == "reference" else "auto",
+        limits=Limits(max_model_len=length, max_seqs=seqs, max_step_tokens=step),
+        cache=CacheLimits(memory_bytes=memory, prefix_caching=options.enable_prefix_caching),
+        overlap=not cpu if options.async_scheduling is None else options.async_scheduling,
+        seed=options.seed,
+    )
+
+
+def choose_precision(options: Options, stored: Precision | None) -> Precision:
+    """Return the precision to serve: the user's, else the checkpoint's, else w8a8kv8.
+
+    Raises ConfigError if the user asks a quantized checkpoint for other weights than it holds.
+    """
+    if options.precision == "auto":
+        return stored or Precision.parse("w8a8kv8")
+    chosen = Precision.parse(options.precision, options.group_size)
+    if stored is not None and (chosen.weight, chosen.group) != (stored.weight, stored.group):
+        raise ConfigError(
+            f"precision={options.precision}: the checkpoint holds {stored.label} weights, "
+            f"which cannot be served as {chosen.label}"
+        )
+    return chosen
+
+
+def _positive(name: str, value: int | None, default: int, allow_zero: bool = False) -> int:
+    if value is None:
+        return default
+    if value < 1 and not (allow_zero and value == 0):
+        raise ConfigError(f"{name}={value}: must be 1 or more")
+    return value
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return ` (did you mean X?)` for a misspelt word, or nothing."""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+def options_from(values: Mapping[str, Any], *, origin: str, base: Options | None = None) -> Options:
+    """Return `base` with the named values replaced.
+
+    origin  what the user would recognise: "keyword", a file's path
+    Raises ConfigError for an unknown name (with the nearest one), a wrong type or a value that is not allowed.
+    """
+    known = {f.name: f for f in fields(Options)}
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError(f"{origin}: unknown option {name!r}{nearest(name, known)}")
+        _check(origin, known[name].name, known[name].type, known[name].metadata["choices"], value)
+    return replace(base or Options(), **values)
+
+
+def options_from_environment(base: Options | None = None) -> Options:
+    """Return `base` with the values of `OMNISERVE_<FLAG>` variables; an unknown one is a ConfigError."""
+    known = {f.name: f for f in fields(Options)}
+    values: dict[str, Any] = {}
+    for variable, text in os.environ.items():
+        if not variable.startswith("OMNISERVE_"):
+            continue
+        name = variable.removeprefix("OMNISERVE_").lower()
+        if name not in known:
+            raise ConfigError(f"environment: unknown option {variable}{nearest(name, known)}")
+        values[name] = _from_text(variable, known[name].type, text)
+    return options_from(values, origin="environment", base=base)
+
+
+def _accepts(annotation: Any) -> tuple[type, ...]:
+    return get_args(annotation) if get_origin(annotation) is not None or get_args(annotation) else (annotation,)
+
+
+def _check(origin: str, name: str, annotation: Any, choices: tuple[Any, ...], value: Any) -> None:
+    types = _accepts(annotation)
+    fits = isinstance(value, types) or (float in types and isinstance(value, int))
+    if not fits or (isinstance(value, bool) and bool not in types):
+        allowed = " or ".join("nothing" if t is type(None) else t.__name__ for t in types)
+        raise ConfigError(f"{origin}: {name}={value!r}: must be {allowed}")
+    if choices and value not in choices:
+        words = ", ".join(str(choice) for choice in choices)
+        hint = nearest(value, choices) if isinstance(value, str) else ""
+        raise ConfigError(f"{origin}: {name}={value!r}: must be one of {words}{hint}")
+
+
+def _from_text(origin: str, annotation: Any, text: str) -> Any:
+    types = _accepts(annotation)
+    if bool in types:
+        words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False}
+        if text.lower() in words | {"off": False}:
+            return (words | {"off": False})[text.lower()]
+        raise ConfigError(f"{origin}={text!r}: must be true or false")
+    for number in (int, float):
+        if number in types:
+            try:
+                return number(text)
+            except ValueError:
+                raise ConfigError(f"{origin}={text!r}: must be a number") from None
+    return text

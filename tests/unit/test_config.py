@@ -1,0 +1,166 @@
+"""Options: one parser for keywords, environment and files; nothing is ignored, clamped or guessed."""
+
+import pytest
+
+from omniserve.base.config import (
+    PRECISIONS,
+    Options,
+    Precision,
+    choose_precision,
+    options_from,
+    options_from_environment,
+    resolve,
+)
+from omniserve.base.errors import CapacityError, ConfigError, RequestError
+from omniserve.base.spec import Device, ModelSpec
+from omniserve.base.types import SamplingParams, check_prompt
+
+SPEC = ModelSpec(
+    family="llama", layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=160, vocab=97, context=512, norm_eps=1e-5
+)
+CPU = Device(kind="cpu", memory_bytes=2**30)
+
+
+def test_every_word_of_qserve_is_a_precision() -> None:
+    names = {word: Precision.parse(word).name for word in PRECISIONS}
+    assert names == {
+        "w4a8kv4": "w4a8kv4",
+        "w4a8kv8": "w4a8kv8",
+        "w4a8": "w4a8kv8",
+        "w8a8kv4": "w8a8kv4",
+        "w8a8kv8": "w8a8kv8",
+        "w8a8": "w8a8kv8",
+        "w16a16kv16": "w16a16kv16",
+        "w16a16kv8": "w16a16kv8",
+        "w16a16kv4": "w16a16kv4",
+    }
+    assert Precision.parse("W4A8KV4", -1).label == "w4a8kv4 per channel"
+
+
+@pytest.mark.parametrize("word", ["", "w4a8kv5", "w4", "kv4", "int4", "w8a8kv8x"])
+def test_an_unknown_precision_is_refused_with_the_list(word: str) -> None:
+    with pytest.raises(ConfigError, match="must be one of w4a8kv4"):
+        Precision.parse(word)
+
+
+def test_a_misspelt_precision_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"did you mean w8a8kv8\?"):
+        Precision.parse("w8a8k8")
+
+
+def test_a_group_size_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ConfigError, match="group_size=64: must be -1"):
+        Precision.parse("w4a8kv4", 64)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"precison": "w8a8"}, r"unknown option 'precison' \(did you mean precision\?\)"),
+        ({"max_model_len": "many"}, "max_model_len='many': must be int or nothing"),
+        ({"max_model_len": 1.5}, "must be int or nothing"),
+        ({"max_num_seqs": True}, "max_num_seqs=True: must be int or nothing"),
+        ({"dtype": "float8"}, "dtype='float8': must be one of auto, float32"),
+        ({"enable_prefix_caching": 1}, "enable_prefix_caching=1: must be bool"),
+        ({"group_size": 64}, "group_size=64: must be one of -1, 128"),
+    ],
+)
+def test_wrong_keywords_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        options_from(values, origin="keyword")
+
+
+def test_environment_fills_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMNISERVE_MAX_MODEL_LEN", "256")
+    monkeypatch.setenv("OMNISERVE_ENABLE_PREFIX_CACHING", "false")
+    options = options_from_environment()
+    assert (options.max_model_len, options.enable_prefix_caching) == (256, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("OMNISERVE_MAX_MODEL_LENGTH", "3", r"did you mean max_model_len\?"),
+        ("OMNISERVE_MAX_MODEL_LEN", "three", "must be a number"),
+        ("OMNISERVE_ENABLE_PREFIX_CACHING", "maybe", "must be true or false"),
+    ],
+)
+def test_wrong_variables_are_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        options_from_environment()
+
+
+def resolved(**values: object) -> object:
+    return resolve(
+        options_from(values, origin="keyword"),
+        SPEC,
+        CPU,
+        stored=None,
+        dtype="float32",
+        token_bytes=100,
+        free_bytes=2**29,
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"max_model_len": 513}, ConfigError, "max_model_len=513: this model's context is 512"),
+        ({"max_model_len": 0}, ConfigError, "max_model_len=0: must be 1 or more"),
+        ({"max_num_seqs": -1}, ConfigError, "max_num_seqs=-1: must be 1 or more"),
+        ({"max_num_batched_tokens": 4}, ConfigError, "must be at least max_num_seqs=16"),
+        ({"kv_cache_memory_bytes": 6400}, CapacityError, "holds 64 tokens but one request may need 512"),
+    ],
+)
+def test_limits_that_cannot_work_are_refused(values: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        resolved(**values)
+
+
+def test_resolve_replaces_every_auto() -> None:
+    config = resolved()
+    assert (config.precision.name, config.limits.max_model_len, config.overlap) == ("w8a8kv8", 512, False)  # type: ignore[attr-defined]
+    assert config.cache.memory_bytes == 16 * 512 * 100  # type: ignore[attr-defined]
+
+
+def test_a_quantized_checkpoint_keeps_its_weights() -> None:
+    stored = Precision.parse("w4a8kv4", 128)
+    assert choose_precision(Options(), stored) == stored
+    assert choose_precision(Options(precision="w4a8kv8"), stored).kv == "kv8"
+    with pytest.raises(ConfigError, match="holds w4a8kv4 g128 weights"):
+        choose_precision(Options(precision="w8a8kv8"), stored)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"temperature": -0.1}, "temperature=-0.1: must be 0 to 2"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": True}, "temperature=True"),
+        ({"top_p": 0}, "top_p=0: must be above 0"),
+        ({"top_k": 1.5}, "top_k=1.5"),
+        ({"min_p": 2}, "min_p=2"),
+        ({"max_tokens": 0}, "max_tokens=0: must be 1 or more"),
+        ({"seed": 2**63}, "must be a 64-bit whole number"),
+        ({"stop": ["", "a"]}, "must be a non-empty string"),
+        ({"stop_token_ids": [-1]}, "must be token ids"),
+    ],
+)
+def test_wrong_sampling_parameters_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        SamplingParams(**values)  # type: ignore[arg-type]
+
+
+def test_sampling_parameters_take_one_stop_string_or_many() -> None:
+    assert SamplingParams(stop="x").stop == ("x",)
+    assert SamplingParams(stop=["x", "y"]).stop == ("x", "y")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [([], "the prompt is empty"), ([3, 97], "token id 97 at position 1: must be a whole number from 0 to 96")],
+)
+def test_wrong_prompts_are_refused(ids: list[int], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        check_prompt(ids, 97)
