@@ -1,0 +1,15 @@
+"""The gate of a gated feed-forward part: the reference's half of `Weight.gate_up_silu`."""
+
+import torch
+from torch import Tensor
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    """Return silu(gate) * up of gate|up rows.
+
+    x  [T, 2F]: F columns of gate, then F of up
+    Returns [T, F] in fp32 (fp64 if x is), not rounded to the model's dtype: int8 codes are taken from it (formats.md
+    section 6). Source: SwiGLU, arXiv 2002.05202 section 2.
+    """
+    gate, up = (x if x.dtype == torch.float64 else x.float()).chunk(2, -1)
+    return torch.nn.functional.silu(gate).mul_(up)
