@@ -1,0 +1,1 @@
+"""Floor 2: what the bytes of weights, pages and checkpoints mean."""
