@@ -1,0 +1,1 @@
+"""Floor 6: the one decoder, and the families that describe themselves to it."""

@@ -1,0 +1,155 @@
+"""From a checkpoint to a bound decoder, layer by layer: the peak is the model plus one layer in 32 bit."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from omniserve.base.errors import CheckpointError
+from omniserve.base.spec import Experts, ModelSpec
+from omniserve.formats.checkpoint import Source
+from omniserve.formats.weight import Weight, WeightFormat, weight_format
+from omniserve.layers.attention import Attention
+from omniserve.layers.mlp import MLP
+from omniserve.layers.moe import MoE
+from omniserve.layers.norm import Norm
+from omniserve.models.decoder import Block, Decoder
+from omniserve.models.families import expert_names
+from omniserve.ops.rope import Rope
+from omniserve.sparsity.policy import Policy
+
+Progress = Callable[[int, int], None]
+"""Called as progress(layers done, layers)."""
+
+
+def load_decoder(
+    source: Source,
+    spec: ModelSpec,
+    *,
+    weights: WeightFormat,
+    dtype: torch.dtype,
+    device: torch.device,
+    policy: Policy,
+    rope: Rope,
+    progress: Progress | None = None,
+) -> Decoder:
+    """Return the decoder of a 16-bit checkpoint, its linears rounded to `weights` on the way.
+
+    Raises CheckpointError naming a tensor that holds NaN or infinity.
+    """
+    reader = _Reader(source, weights, dtype, device)
+    blocks = []
+    for layer in range(spec.layers):
+        blocks.append(_block(reader, spec, layer, policy, rope))
+        if progress is not None:
+            progress(layer + 1, spec.layers)
+    embedding = reader.plain("model.embed_tokens.weight")
+    head = reader.head()
+    norm = Norm(reader.plain("model.norm.weight"), spec.norm_eps)
+    return Decoder(
+        spec=spec, embedding=embedding, blocks=tuple(blocks), norm=norm, head=head, weight_bytes=reader.total_bytes
+    )
+
+
+def _block(reader: "_Reader", spec: ModelSpec, layer: int, policy: Policy, rope: Rope) -> Block:
+    prefix = f"model.layers.{layer}."
+    attention = prefix + "self_attn."
+    return Block(
+        norm1=Norm(reader.plain(prefix + "input_layernorm.weight"), spec.norm_eps),
+        attention=Attention(
+            layer=layer,
+            qkv=reader.linear([attention + name for name in ("q_proj", "k_proj", "v_proj")]),
+            out=reader.linear([attention + "o_proj"]),
+            rope=_rope(reader, spec, attention, rope),
+            policy=policy,
+            heads=spec.heads,
+            head_dim=spec.head_dim,
+        ),
+        norm2=Norm(reader.plain(prefix + "post_attention_layernorm.weight"), spec.norm_eps),
+        mlp=_feed_forward(reader, spec, layer, prefix),
+    )
+
+
+NAMES = ("gate_proj", "up_proj", "down_proj")
+"""The three linears of a feed-forward part."""
+
+
+def _feed_forward(reader: "_Reader", spec: ModelSpec, layer: int, prefix: str) -> MLP | MoE:
+    if spec.experts is not None and layer in spec.experts.layers:
+        return _moe(reader, spec, spec.experts, prefix)
+    return _mlp(reader, prefix + "mlp.", NAMES)
+
+
+def _mlp(reader: "_Reader", prefix: str, names: tuple[str, str, str]) -> MLP:
+    gate, up, down = (prefix + name for name in names)
+    return MLP(gate_up=reader.linear([gate, up]), down=reader.linear([down]))
+
+
+def _moe(reader: "_Reader", spec: ModelSpec, experts: Experts, prefix: str) -> MoE:
+    names = expert_names(spec.family)
+    shared = prefix + "mlp.shared_expert"
+    return MoE(
+        router=reader.dense(f"{prefix}{names.router}"),
+        experts=tuple(_mlp(reader, f"{prefix}{names.experts}.{e}.", names.linears) for e in range(experts.count)),
+        chosen=experts.chosen,
+        normalize=experts.normalize,
+        shared=_mlp(reader, shared + ".", NAMES) if experts.shared_ffn else None,
+        shared_gate=reader.dense(shared + "_gate") if experts.shared_ffn else None,
+    )
+
+
+def _rope(reader: "_Reader", spec: ModelSpec, attention: str, rope: Rope) -> Rope:
+    """Return the rotation of one layer, with the gains of its q and k norms where the model has them."""
+    if not spec.qk_norm:
+        return rope
+    q, k = (reader.plain(f"{attention}{name}.weight") for name in ("q_norm", "k_norm"))
+    return Rope(rope.table, q, k, spec.norm_eps)
+
+
+class _Reader:
+    """Reads tensors of one source into one precision and counts their bytes."""
+
+    def __init__(self, source: Source, weights: WeightFormat, dtype: torch.dtype, device: torch.device) -> None:
+        self._source = source
+        self._weights = weights
+        self._dtype = dtype
+        self._device = device
+        self.total_bytes = 0
+
+    def plain(self, name: str) -> Tensor:
+        """Return a tensor in the model's dtype."""
+        tensor = self._finite(name).to(self._device, self._dtype).contiguous()
+        self.total_bytes += tensor.nbytes
+        return tensor
+
+    def head(self) -> Weight:
+        """Return the projection to logits: its own tensor if there is one, whatever the config says, else a tied one.
+
+        A device that wants the head packed holds a tied one twice, once for the look-up of tokens.
+        """
+        own = "lm_head.weight" in self._source.names()
+        return self.dense("lm_head" if own else "model.embed_tokens")
+
+    def dense(self, module: str) -> Weight:
+        """Return a linear without bias that stays in the model's dtype, whatever the precision."""
+        form = weight_format("w16a16")
+        stored = form.from_dense(self._finite(f"{module}.weight").to(self._device))
+        weight = form.bind(stored, bias=None, dtype=self._dtype)
+        self.total_bytes += weight.nbytes
+        return weight
+
+    def linear(self, modules: Sequence[str]) -> Weight:
+        """Return the fused weight of linears that read the same input, rows one after the other."""
+        stored = [self._weights.from_dense(self._finite(f"{module}.weight").to(self._device)) for module in modules]
+        bias = None
+        if f"{modules[0]}.bias" in self._source.names():
+            bias = torch.cat([self._finite(f"{module}.bias").to(self._device, self._dtype) for module in modules])
+        weight = self._weights.bind(self._weights.concat(stored), bias=bias, dtype=self._dtype)
+        self.total_bytes += weight.nbytes
+        return weight
+
+    def _finite(self, name: str) -> Tensor:
+        tensor = self._source.tensor(name)
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{self._source.path}: tensor {name} holds NaN or infinity")
+        return tensor
