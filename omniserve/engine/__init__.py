@@ -1,0 +1,1 @@
+"""Floor 7: requests become steps, steps become tokens."""

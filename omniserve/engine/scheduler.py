@@ -1,0 +1,315 @@
+"""Who gets how many tokens in the next step. Plain Python: no torch here.
+
+A request has `known` tokens (prompt, produced, and the one a step in flight is sampling), `issued` tokens (handed to a
+step) and `computed` tokens (landed); a step gives it `count` of `known - issued`. Running requests are served first, in
+arrival order, each with 1 token or its next chunk; then waiting ones, within `max_step_tokens` per step and `max_seqs`
+slots. A waiting request starts at its longest cached prefix, rounded down so that at least one token outside any shared
+page is left to run; one whose logits are wanted starts at 0. When pages run out the newest running request is
+preempted: its pages are released (their hashes stay findable), `issued` and `computed` become 0, it returns to the head
+of the queue. A resumed request prefills its prompt and replays its produced tokens as single-query rows. A request is
+sampled only by the step that brings `issued` up to `known`. A step with a row marked `sync` is committed before the
+next one is planned. `plan()` changes the queue, reservations and `issued`; `commit()` alone advances `computed`,
+appends tokens, hashes pages, and truncates what was issued past an end.
+"""
+
+from collections import deque
+from dataclasses import dataclass, replace
+
+from omniserve.base.config import Limits
+from omniserve.base.errors import CapacityError, RequestError
+from omniserve.base.types import Admission, FinishReason, Output, Request, Step, StepResult, Usage, Work
+from omniserve.cache.manager import CacheManager
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counters since the start; prefix queries and hits in tokens, of first starts only."""
+
+    preemptions: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+
+
+class Scheduler:
+    """Queues, slots and reservations of all unfinished requests, and the steps in flight.
+
+    Invariant: running requests arrived before waiting ones, both in order of arrival; a request holds pages exactly
+    while it runs. Every request fits into the pool alone (`add` sees to it) and may take the pages of all that arrived
+    after it, so the oldest one always moves on.
+    """
+
+    def __init__(self, limits: Limits, cache: CacheManager, *, seed: int) -> None:
+        assert limits.max_seqs >= 1 and limits.max_step_tokens >= 1, limits
+        self.stats = Stats()
+        self._limits = limits
+        self._cache = cache
+        self._seed = seed
+        self._added = 0
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+        self._unfinished: dict[str, Request] = {}
+        self._slots = list(range(limits.max_seqs - 1, -1, -1))
+        self._flying: deque[tuple[Step, tuple[Request, ...]]] = deque()
+
+    @property
+    def waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests with a slot."""
+        return len(self._running)
+
+    @property
+    def has_work(self) -> bool:
+        """True while a request is unfinished."""
+        return bool(self._unfinished)
+
+    @property
+    def requests(self) -> tuple[str, ...]:
+        """Ids of the unfinished requests."""
+        return tuple(self._unfinished)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Its limit is cut to the room in `max_model_len`, its seed drawn if it brings none.
+
+        Raises RequestError or CapacityError if it can never be served.
+        """
+        prompt, longest, capacity = request.prompt, self._limits.max_model_len, self._cache.capacity
+        assert prompt == len(request.tokens) and request.issued == 0 and not request.finished, request
+        if request.id in self._unfinished:
+            raise RequestError(f"request id {request.id!r} is in use: give another")
+        if prompt < 1:
+            raise RequestError("the prompt is empty: give at least one token")
+        if request.limit < (0 if request.reduce else 1):
+            raise RequestError(f"limit={request.limit}: must be 1 or more")
+        if prompt + min(request.limit, 1) > longest:
+            room = " and one must be left for the answer" if request.limit else ""
+            raise RequestError(f"the prompt has {prompt} tokens: max_model_len is {longest}{room}; shorten the prompt")
+        limit = min(request.limit, longest - prompt)
+        if prompt + limit > capacity:
+            raise CapacityError(
+                f"the request needs {prompt + limit} tokens of KV cache ({prompt} prompt, {limit} to produce): "
+                f"the pool holds {capacity}; shorten the prompt, lower max_tokens or give the cache more memory"
+            )
+        request.limit = limit
+        if request.sampling.seed is None:
+            request.sampling = replace(request.sampling, seed=_mix(self._seed, self._added))
+        self._added += 1
+        self._unfinished[request.id] = request
+        self._waiting.append(request)
+
+    def abort(self, request_id: str) -> Output | None:
+        """End a request and return its last output; None if it has ended already or never was."""
+        request = self._unfinished.get(request_id)
+        if request is None:
+            return None
+        self._finish(request, "abort")
+        return _output(request, ())
+
+    def plan(self) -> Step:
+        """Return the next step; without works if there is nothing to do before a step in flight lands."""
+        works: list[Work] = []
+        served: list[Request] = []
+        budget = self._limits.max_step_tokens
+
+        def serve(request: Request, count: int, admission: Admission | None = None) -> None:
+            nonlocal budget
+            works.append(self._issue(request, count, admission))
+            served.append(request)
+            budget -= count
+
+        for request in tuple(self._running):
+            count = self._due(request, budget)
+            if count == 0:
+                continue
+            self._make_room(request, count)
+            if request.slot is None:  # preempted, and with it all that arrived after it
+                break
+            serve(request, count)
+
+        while self._waiting and self._slots and budget:
+            request = self._waiting[0]
+            admission = None if request.flights else self._start(request)
+            if admission is None:
+                break
+            count = self._due(request, budget)
+            reserved = self._cache.reserve(request, count)
+            assert reserved, request
+            serve(request, count, admission)
+
+        assert works or self._flying or not self._unfinished, "nothing moves"
+        if not works:
+            return Step(works=())
+        step = Step(works=tuple(works), moves=self._cache.moves(), tokens=self._limits.max_step_tokens - budget)
+        self._flying.append((step, tuple(served)))
+        return step
+
+    def _due(self, request: Request, budget: int) -> int:
+        """Tokens that the next step can give a request. The last token of its limit is never fed back."""
+        wanted = min(request.known, request.prompt + max(request.limit - 1, 0))
+        count = min(wanted - request.issued, budget)
+        if request.reduce is not None and request.issued < request.prompt:
+            border = request.scored if request.issued < request.scored else request.prompt
+            count = min(count, border - request.issued)
+        return count
+
+    def _make_room(self, request: Request, count: int) -> None:
+        """Reserve pages for a running request, preempting the newest, in the end itself, until there is room."""
+        while request.slot is not None and not self._cache.reserve(request, count):
+            self._preempt(self._running[-1])
+
+    def _preempt(self, request: Request) -> None:
+        self._vacate(request)
+        request.issued = request.computed = 0
+        request.epoch += 1
+        request.preemptions += 1
+        self.stats.preemptions += 1
+        self._waiting.appendleft(request)
+
+    def _start(self, request: Request) -> Admission | None:
+        """Give the head of the queue a slot; None, and nothing changed, if it does not fit."""
+        slot, first = self._slots[-1], request.preemptions == 0
+        found = self._cache.start(request, slot)
+        if found is None:
+            return None
+        self._running.append(self._waiting.popleft())
+        request.slot = self._slots.pop()
+        request.issued = request.computed = found
+        if first:
+            request.cached = found
+            if self._cache.prefix_caching and request.reduce is None:
+                self.stats.prefix_queries += len(request.tokens)
+                self.stats.prefix_hits += found
+        assert request.sampling.seed is not None, request
+        return Admission(
+            sampling=request.sampling, seed=request.sampling.seed, prompt=request.prompt, reduce=request.reduce
+        )
+
+    def _issue(self, request: Request, count: int, admission: Admission | None) -> Work:
+        """Hand a request's next tokens, whose pages are reserved, to the step being planned."""
+        assert request.slot is not None, request
+        start, end = request.issued, request.issued + count
+        draws = end == request.known and request.limit > 0
+        all_logits = request.reduce is not None and request.scored <= start < request.prompt
+        work = Work(
+            request=request.id,
+            slot=request.slot,
+            start=start,
+            count=count,
+            prompt=request.prompt,
+            new_tokens=() if request.held else tuple(request.tokens[start:end]),
+            logits="all" if all_logits else "last" if draws else "none",
+            draws=draws,
+            epoch=request.epoch,
+            admission=admission,
+        )
+        assert len(work.new_tokens) == (0 if request.held else count), request
+        request.issued = end
+        request.flights += 1
+        if all_logits:
+            request.scored = end
+        if draws:
+            request.drawn += 1
+            request.held = True
+        return work
+
+    def commit(self, step: Step, result: StepResult) -> list[Output]:
+        """Take in what the oldest step in flight brought."""
+        assert self._flying and self._flying[0][0] is step, step
+        missing = [work.request for work in step.works if work.draws and work.request not in result.tokens]
+        assert not missing, missing
+        _, served = self._flying.popleft()
+        outputs = []
+        for work, request in zip(step.works, served, strict=True):
+            request.flights -= 1
+            request.drawn -= work.draws
+            if request.finished:
+                continue
+            if work.epoch == request.epoch:
+                assert request.computed == work.start, request
+                request.computed += work.count
+                self._cache.commit(request)
+            drawn = (result.tokens[work.request],) if work.draws else ()
+            request.tokens += drawn
+            reason = self._end(request, work)
+            if reason is not None:
+                self._finish(request, reason)
+            if drawn or reason is not None:
+                outputs.append(_output(request, drawn))
+        return outputs
+
+    def _end(self, request: Request, work: Work) -> FinishReason | None:
+        """Why a request ends with a step that has landed, if it does."""
+        if work.draws and request.tokens[-1] in request.stop_ids:
+            return "stop"
+        if request.limit:
+            return "length" if request.produced >= request.limit else None
+        return "length" if work.start + work.count == request.prompt else None
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        request.finish = reason
+        del self._unfinished[request.id]
+        if request.slot is None:
+            self._waiting.remove(request)
+            self._cache.release(request)
+        else:
+            self._vacate(request)
+
+    def _vacate(self, request: Request) -> None:
+        """Take slot and pages from a running request."""
+        assert request.slot is not None, request
+        self._cache.release(request)
+        self._running.remove(request)
+        self._slots.append(request.slot)
+        request.slot = None
+        request.held = False
+
+    def abandon(self) -> list[Output]:
+        """Forget the steps in flight after one of them failed, and return the outputs of the requests it took along.
+
+        Those with a row in a step in flight are aborted. It is not known what the failed step and those after it have
+        written, or where: so all others start again, and no cached prefix stays.
+        """
+        lost = {request: None for _, served in self._flying for request in served}
+        self._flying.clear()
+        outputs = []
+        for request in lost:
+            if not request.finished:
+                self._finish(request, "abort")
+                outputs.append(_output(request, ()))
+        while self._running:
+            self._preempt(self._running[-1])
+        self._cache.forget()
+        return outputs
+
+    def check(self) -> None:
+        """Assert the invariants of queues, slots, requests and pages."""
+        self._cache.check(self._running)
+        slots = [request.slot for request in self._running if request.slot is not None]
+        assert sorted(slots + self._slots) == list(range(self._limits.max_seqs)), (slots, self._slots)
+        assert [*self._running, *self._waiting] == list(self._unfinished.values()), "out of order"
+        for request in self._unfinished.values():
+            rows = sum(request in served for _, served in self._flying)
+            assert request.flights == rows and not request.finished, request
+            assert 0 <= request.computed <= request.issued <= request.known, request
+        for request in self._waiting:
+            assert request.slot is None and request.issued == 0 and not request.held, request
+
+
+def _output(request: Request, drawn: tuple[int, ...]) -> Output:
+    usage = Usage(prompt_tokens=request.prompt, completion_tokens=request.produced, cached_tokens=request.cached)
+    return Output(request=request.id, new_tokens=drawn, finish=request.finish, usage=usage)
+
+
+def _mix(seed: int, number: int) -> int:
+    """The seed, 63 bits, of the request with this number.
+
+    Source: SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
+    """
+    mask = 2**64 - 1
+    mixed = (seed + (number + 1) * 0x9E3779B97F4A7C15) & mask
+    mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & mask
+    mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & mask
+    return (mixed ^ mixed >> 31) >> 1
