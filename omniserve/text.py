@@ -1,0 +1,581 @@
+"""Text and tokens: tokenizer, chat template, incremental text, stop strings. Plain Python, never in the engine.
+
+A tokenizer comes from the metadata of a GGUF file or from the tokenizer.json of a Hugging Face folder.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+from omniserve.base.errors import CheckpointError, ConfigError, RequestError
+from omniserve.formats.checkpoint import Source, open_checkpoint, read_json
+from omniserve.formats.gguf import GGUFSource, shown
+
+if TYPE_CHECKING:
+    import jinja2
+
+Messages = Sequence[Mapping[str, object]]
+"""A conversation: objects with a "role" and mostly a "content"."""
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+"""Token types of tokenizer.ggml.token_type."""
+_TURN_ENDS = frozenset({"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>"})
+"""Control tokens that end a turn whatever eos_token_id says; many GGUF files name the end of a text there."""
+_HALF = "\ufffd"
+"""What a decoder shows for each byte, or for all bytes, of a character that is not whole."""
+
+
+class Tokenizer:
+    """Text to token ids and back, and the model's chat template. Immutable.
+
+    bos      id of the token that begins a text, or None
+    add_bos  whether `encode` puts it in front
+    eos_ids  tokens that end an answer
+    """
+
+    def __init__(
+        self,
+        core: tokenizers.Tokenizer,
+        *,
+        words: Mapping[str, str],
+        add_bos: bool,
+        eos_ids: frozenset[int],
+        template: str | None,
+    ) -> None:
+        self._core = core
+        self._words = dict(words)
+        self._source = template
+        bos = words.get("bos_token")
+        self.bos: int | None = None if bos is None else core.token_to_id(bos)
+        self.add_bos = add_bos and self.bos is not None
+        self.eos_ids = eos_ids
+        self.vocab = max(core.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.special_ids = frozenset(i for i, token in core.get_added_tokens_decoder().items() if token.special)
+
+    @staticmethod
+    def load(source: Source | str | Path, chat_template: str | None = None) -> "Tokenizer":
+        """Return the tokenizer of a checkpoint.
+
+        chat_template  file with a Jinja template that replaces the model's
+        Raises CheckpointError if there is none or it is of an unknown kind, ConfigError for an unreadable template.
+        """
+        if isinstance(source, str | Path):
+            source = open_checkpoint(source)
+        template = None if chat_template is None else _read_template(Path(chat_template))
+        if isinstance(source, GGUFSource):
+            return _from_gguf(source, template)
+        return _from_folder(source.path, source.config, template)
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Return the token ids of `text`; special tokens written out in it become tokens.
+
+        special  begin with BOS if the model wants it
+        Raises RequestError if `text` is not valid Unicode.
+        """
+        try:
+            ids: list[int] = self._core.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError):
+            raise RequestError("the text is not valid Unicode: it holds half a surrogate pair") from None
+        return [self.bos, *ids] if special and self.add_bos and self.bos is not None else ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Return the text of `ids`; ids beyond the vocabulary have none."""
+        return self._core.decode(list(ids), skip_special_tokens=skip_special)
+
+    def render(self, messages: Messages, *, add_generation_prompt: bool = True) -> str:
+        """Return the conversation as the model's chat template writes it.
+
+        Raises RequestError if there is no template or it refuses the messages.
+        """
+        _check_messages(messages)
+        if self._source is None:
+            raise RequestError("the model has no chat template: give one with --chat-template FILE")
+        import jinja2
+
+        try:
+            return self._template.render(
+                messages=[dict(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._words,
+            )
+        except (
+            jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError,
+            ValueError,
+        ) as error:  # fmt: skip
+            # A template is the model's code: whatever its expressions raise is about this conversation.
+            sentence = " ".join(str(error).split()) or type(error).__name__
+            raise RequestError(f"the chat template refuses the conversation: {sentence}") from None
+
+    def chat(self, messages: Messages) -> list[int]:
+        """Return the token ids of a conversation, ready for the model's answer; the template alone writes BOS."""
+        return self.encode(self.render(messages), special=False)
+
+    @cached_property
+    def _template(self) -> "jinja2.Template":
+        return _compile(self._source or "")
+
+
+def _check_messages(messages: Messages) -> None:
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise RequestError("messages must be a non-empty list of objects with role and content")
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise RequestError(f"messages[{index}] must be an object with a role, a string")
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"chat_template={str(path)!r}: cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise ConfigError(f"chat_template={str(path)!r}: is not UTF-8 text") from None
+
+
+def _compile(source: str) -> "jinja2.Template":
+    """Compile a chat template in the environment that templates are written for (transformers').
+
+    The sandbox keeps a model's template from Python's internals; `namespace` and `dict` are replaced because Jinja's
+    own let a template set underscored attributes.
+    """
+    import jinja2
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks what the model wrote, for training; here it shows its body."""
+
+        tags = {"generation"}  # noqa: RUF012  (Jinja's own declaration)
+
+        def parse(self, parser: Parser) -> list[jinja2.nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    class Namespace(jinja2.utils.Namespace):
+        def __init__(self, /, *args: object, **values: object) -> None:
+            for name in dict(*args, **values):
+                _refuse_underscore(name)
+            super().__init__(*args, **values)
+
+        def __setitem__(self, name: str, value: object) -> None:
+            _refuse_underscore(name)
+            super().__setitem__(name, value)
+
+    def _refuse_underscore(name: str) -> None:
+        if name.startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"{name!r} must not begin with an underscore")
+
+    def raise_exception(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    def tojson(
+        value: object,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+        "namespace": Namespace,
+        "dict": lambda *args, **values: dict(*args, **values),
+    }
+    return environment.from_string(source)
+
+
+# Tokenizers of Hugging Face folders
+
+
+def _from_folder(folder: Path, config: Mapping[str, object], template: str | None) -> Tokenizer:
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file} is missing: save the tokenizer with transformers, whose fast ones write that file"
+        )
+    try:
+        core = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{file}: is no tokenizer ({' '.join(str(error).split())[:200]})") from None
+    core.no_padding()
+    core.no_truncation()
+    settings = _optional_json(folder / "tokenizer_config.json")
+    words: dict[str, str] = {}
+    for origin in (_optional_json(folder / "special_tokens_map.json"), settings):
+        for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+            word = origin.get(name)
+            word = word.get("content") if isinstance(word, dict) else word
+            if isinstance(word, str):
+                words[name] = word
+    for name in ("bos_token", "eos_token"):
+        if name in words and core.token_to_id(words[name]) is None:
+            raise CheckpointError(f"{folder}: {name}={words[name]!r} is not in the vocabulary of tokenizer.json")
+    generation = _optional_json(folder / "generation_config.json")
+    ends = generation.get("eos_token_id", config.get("eos_token_id"))
+    eos_ids = {end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int}
+    if (end := core.token_to_id(words.get("eos_token", ""))) is not None:
+        eos_ids.add(end)
+    add_bos = settings.get("add_bos_token")
+    if not isinstance(add_bos, bool):
+        first = core.encode("a", add_special_tokens=True).ids[:1]
+        add_bos = "bos_token" in words and first == [core.token_to_id(words["bos_token"])]
+    return Tokenizer(
+        core,
+        words=words,
+        add_bos=add_bos,
+        eos_ids=frozenset(eos_ids),
+        template=template if template is not None else _folder_template(folder, settings),
+    )
+
+
+def _optional_json(file: Path) -> dict[str, object]:
+    return read_json(file) if file.is_file() else {}
+
+
+def _folder_template(folder: Path, settings: Mapping[str, object]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return _read_template(file)
+    found = settings.get("chat_template")
+    if isinstance(found, list):  # several, by name
+        named = {str(one.get("name")): one.get("template") for one in found if isinstance(one, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
+
+
+# Tokenizers of GGUF files
+
+_QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+_LLAMA3_SPLIT = _QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Splitter:
+    """How a byte-level vocabulary cuts text before merging.
+
+    pattern  regular expression of the pieces; None is GPT-2's
+    digits   every digit is a piece, before anything else
+    nfc      text is composed first
+    whole    a piece that is a token needs no merges
+    bos      texts begin with BOS unless the file says otherwise
+    """
+
+    pattern: str | None = None
+    digits: bool = False
+    nfc: bool = False
+    whole: bool = False
+    bos: bool = False
+
+    def apply(self, core: tokenizers.Tokenizer) -> None:
+        steps: list[pre_tokenizers.PreTokenizer] = []
+        if self.digits:
+            steps.append(pre_tokenizers.Digits(individual_digits=True))
+        if self.pattern is not None:
+            steps.append(pre_tokenizers.Split(Regex(self.pattern), behavior="isolated"))
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=self.pattern is None))
+        core.pre_tokenizer = pre_tokenizers.Sequence(steps)
+        if self.nfc:
+            core.normalizer = normalizers.NFC()
+        core.decoder = decoders.ByteLevel()
+
+
+_GPT2 = _Splitter()
+_QWEN2 = _Splitter(pattern=_QWEN2_SPLIT, nfc=True)
+_LLAMA3 = _Splitter(pattern=_LLAMA3_SPLIT, whole=True, bos=True)
+_SPLITTERS = {
+    "default": _GPT2,
+    "gpt-2": _GPT2,
+    "smollm": _Splitter(digits=True),
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+}
+"""By `tokenizer.ggml.pre`. The patterns are those of the models' own tokenizer.json."""
+
+
+class _Vocabulary:
+    """The `tokenizer.ggml.*` keys of a file, checked."""
+
+    def __init__(self, source: GGUFSource) -> None:
+        self._source = source
+        tokens = self.value("tokens")
+        if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
+            raise self.fail("tokens is missing or no list of strings")
+        self.tokens: list[str] = tokens
+        self.ids = {token: i for i, token in enumerate(tokens)}
+        if len(self.ids) != len(tokens):
+            twice = next(token for i, token in enumerate(tokens) if self.ids[token] != i)
+            raise self.fail(f"tokens holds {shown(twice)} twice")
+        self.types = self._numbers("token_type", "iu")
+        if self.types is None:
+            self.types = np.full(len(tokens), _NORMAL)
+        self.scores = self._numbers("scores", "f")
+
+    def value(self, key: str) -> object:
+        return self._source.metadata.get(f"tokenizer.ggml.{key}")
+
+    def fail(self, sentence: str) -> CheckpointError:
+        return CheckpointError(f"{self._source.path}: tokenizer.ggml.{sentence}")
+
+    def _numbers(self, key: str, kinds: str) -> np.ndarray | None:
+        numbers = self.value(key)
+        if numbers is None:
+            return None
+        if not isinstance(numbers, np.ndarray) or numbers.dtype.kind not in kinds or len(numbers) != len(self.tokens):
+            raise self.fail(f"{key} must hold one number for each of the {len(self.tokens)} tokens")
+        return numbers
+
+    def of_type(self, kind: int) -> list[str]:
+        return [self.tokens[i] for i in np.flatnonzero(self.types == kind)]
+
+    def token_id(self, name: str) -> int | None:
+        token = self.value(f"{name}_token_id")
+        if token is None:
+            return None
+        if type(token) is not int or not 0 <= token < len(self.tokens):
+            raise self.fail(f"{name}_token_id is {shown(token)}, it must be 0 to {len(self.tokens) - 1}")
+        return token
+
+    def merges(self) -> list[tuple[str, str]]:
+        lines = self.value("merges")
+        if not isinstance(lines, list):
+            raise self.fail("merges is missing or no list of strings")
+        pairs = []
+        for index, line in enumerate(lines):
+            left, gap, right = line.partition(" ") if isinstance(line, str) else ("", "", "")
+            if not gap or " " in right:
+                raise self.fail(f"merges holds no pair of tokens at {index}")
+            pairs.append((left, right))
+        return pairs
+
+    def merges_by_score(self) -> list[tuple[str, str]]:
+        """Return the merges that SentencePiece makes: always the adjacent pair whose union has the best score.
+
+        As a list of pairs this is exact but for unions that can be cut in two ways, whose pairs share a score there
+        and follow each other here.
+        """
+        if self.scores is None or not np.isfinite(self.scores).all():
+            raise self.fail("scores is missing or holds values that are not finite")
+        if sum(len(token) ** 2 for token in self.tokens) > 1 << 30:
+            raise self.fail("tokens holds absurdly long strings")
+        known = set(self.of_type(_NORMAL))
+        pairs = []
+        for i in np.argsort(-self.scores, kind="stable"):
+            token = self.tokens[i]
+            if token in known:
+                halves = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+                pairs += [(left, right) for left, right in halves if left in known and right in known]
+        return pairs
+
+
+def _from_gguf(source: GGUFSource, template: str | None) -> Tokenizer:
+    vocabulary = _Vocabulary(source)
+    builders: dict[object, Callable[[_Vocabulary], tuple[tokenizers.Tokenizer, bool]]] = {
+        "gpt2": _byte_level,
+        "llama": _sentence_piece,
+    }
+    kind = vocabulary.value("model")
+    if not isinstance(kind, str) or kind not in builders:
+        raise vocabulary.fail(
+            f"model is {shown(kind)}, this version reads gpt2 (byte-level BPE) and llama (SentencePiece)"
+        )
+    core, add_bos = builders[kind](vocabulary)
+    special = vocabulary.of_type(_UNKNOWN) + vocabulary.of_type(_CONTROL)
+    core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special if token])
+    plain = vocabulary.of_type(_USER_DEFINED)
+    core.add_tokens([AddedToken(token, normalized=False, special=False) for token in plain if token])
+    words = {
+        f"{name}_token": vocabulary.tokens[token]
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+        if (token := vocabulary.token_id(key)) is not None
+    }
+    ends = {vocabulary.token_id(name) for name in ("eos", "eot", "eom")}
+    ends |= {vocabulary.ids[token] for token in vocabulary.of_type(_CONTROL) if token in _TURN_ENDS}
+    told = vocabulary.value("add_bos_token")
+    own = source.metadata.get("tokenizer.chat_template")
+    return Tokenizer(
+        core,
+        words=words,
+        add_bos=told if isinstance(told, bool) else add_bos,
+        eos_ids=frozenset(end for end in ends if end is not None),
+        template=template if template is not None else own if isinstance(own, str) else None,
+    )
+
+
+def _byte_level(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bool]:
+    """Return a byte-level BPE tokenizer, and whether such texts begin with BOS."""
+    name = vocabulary.value("pre")
+    name = "default" if name is None else name
+    if not isinstance(name, str) or name not in _SPLITTERS:
+        raise vocabulary.fail(f"pre is {shown(name)}, this version knows {', '.join(sorted(_SPLITTERS))}")
+    splitter = _SPLITTERS[name]
+    core = _bpe(vocabulary, vocabulary.merges(), ignore_merges=splitter.whole)
+    splitter.apply(core)
+    return core, splitter.bos
+
+
+def _sentence_piece(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bool]:
+    """Return a SentencePiece BPE tokenizer, and whether such texts begin with BOS."""
+    unknown = vocabulary.of_type(_UNKNOWN)
+    core = _bpe(
+        vocabulary,
+        vocabulary.merges_by_score(),
+        unk_token=unknown[0] if unknown else None,
+        fuse_unk=True,
+        byte_fallback=bool(vocabulary.of_type(_BYTE)),
+    )
+    prefix = vocabulary.value("add_space_prefix") is not False
+    spaces = normalizers.Replace(" ", "▁")
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
+    steps: list[decoders.Decoder] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    core.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    return core, True
+
+
+def _bpe(vocabulary: _Vocabulary, merges: list[tuple[str, str]], **settings: object) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer(models.BPE(vocab=vocabulary.ids, merges=merges, **settings))
+    except Exception as error:  # the library raises nothing narrower
+        raise vocabulary.fail(f"tokens and merges do not fit together ({' '.join(str(error).split())[:200]})") from None
+
+
+# Streams
+
+
+class Detokenizer:
+    """Text of tokens that come bit by bit. Its pieces joined are the text of all tokens; none ends within a character.
+
+    Source: the window of text-generation-inference and vLLM: a token's text may depend on the one before it, so the
+    tokens of the last piece are decoded again as context of the next.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip = tokenizer.special_ids if skip_special else frozenset[int]()
+        self._context: list[int] = []
+        self._before = ""  # the text of _context
+        self._fresh: list[int] = []
+        self._sent = 0  # characters of the text of _fresh that were returned
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Return the text that these tokens complete."""
+        fresh = [token for token in ids if token not in self._skip]
+        if not fresh:
+            return ""
+        self._fresh += fresh
+        text = self._text()
+        safe = len(text.rstrip(_HALF))
+        piece = text[self._sent : safe]
+        if text and safe == len(text):
+            self._context, self._fresh, self._sent = self._fresh, [], 0
+            self._before = self._tokenizer.decode(self._context, skip_special=False)
+        else:
+            self._sent = max(self._sent, safe)
+        return piece
+
+    def flush(self) -> str:
+        """Return what was held back: characters that no token completed any more."""
+        piece = self._text()[self._sent :] if self._fresh else ""
+        self._context, self._before, self._fresh, self._sent = [], "", [], 0
+        return piece
+
+    def _text(self) -> str:
+        return self._tokenizer.decode(self._context + self._fresh, skip_special=False)[len(self._before) :]
+
+
+class StopFinder:
+    """Finds stop strings in text that comes bit by bit, wherever the pieces are cut.
+
+    found  the stop string that was met first (the longest of those that end there), or None
+    """
+
+    def __init__(self, stop: Sequence[str] = (), *, include_stop: bool = False) -> None:
+        self._stop = tuple(stop)
+        self._include = include_stop
+        self._held = ""
+        self.found: str | None = None
+
+    def push(self, text: str) -> str:
+        """Return text that no stop string can begin in; nothing more once one was found."""
+        if self.found is not None:
+            return ""
+        self._held += text
+        met = [(self._held.find(stop) + len(stop), -len(stop), stop) for stop in self._stop if stop in self._held]
+        if met:
+            end, _, self.found = min(met)
+            return self._take(end if self._include else end - len(self.found))
+        return self._take(len(self._held) - max((_overlap(self._held, stop) for stop in self._stop), default=0))
+
+    def flush(self) -> str:
+        """Return what was held back; the text is over, so no stop string can be completed."""
+        return "" if self.found is not None else self._take(len(self._held))
+
+    def _take(self, count: int) -> str:
+        piece, self._held = self._held[:count], self._held[count:]
+        return piece
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return how many characters at the end of `text` begin `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((count for count in range(longest, 0, -1) if text.endswith(stop[:count])), 0)
+
+
+class TextStream:
+    """The text of one request: tokens in, text out, ended by a stop string.
+
+    text     what was returned so far
+    stopped  whether a stop string ended it
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        skip_special: bool = True,
+    ) -> None:
+        self._detokenizer = Detokenizer(tokenizer, skip_special=skip_special)
+        self._finder = StopFinder(stop, include_stop=include_stop)
+        self._pieces: list[str] = []
+
+    def push(self, ids: Sequence[int], finished: bool = False) -> str:
+        """Return the text that these tokens bring; `finished` returns what was held back as well."""
+        piece = self._finder.push(self._detokenizer.push(ids))
+        if finished:
+            piece += self._finder.push(self._detokenizer.flush()) + self._finder.flush()
+        self._pieces.append(piece)
+        return piece
+
+    @property
+    def stopped(self) -> bool:
+        """True once a stop string was found."""
+        return self._finder.found is not None
+
+    @property
+    def text(self) -> str:
+        """All text so far."""
+        return "".join(self._pieces)
