@@ -1,0 +1,1 @@
+"""Floor 9: measures of speed, through the public interface only."""

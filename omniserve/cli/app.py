@@ -1,0 +1,58 @@
+"""The table of commands, and what a command line means. No torch here: commands import it when they run."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from cyclopts import App, CycloptsError, UnknownCommandError, UnknownOptionError, UnusedCliTokensError
+
+from omniserve import __version__
+from omniserve.base.config import nearest
+from omniserve.cli.answer import chat, generate
+from omniserve.cli.demo import demo
+from omniserve.cli.doctor import doctor
+from omniserve.cli.flags import Common, with_dashes
+from omniserve.cli.quality import perplexity
+from omniserve.cli.speed import throughput
+
+app = App(
+    name="omniserve",
+    help="Low-bit, long-context serving of large language models.",
+    version=__version__,
+    help_format="plaintext",
+)
+evaluate = App(name="eval", help="Quality of a model: perplexity.")
+bench = App(name="bench", help="Speed of a model: throughput.")
+app.command(generate)
+app.command(chat)
+app.command(evaluate)
+app.command(bench)
+app.command(doctor)
+app.command(demo)
+evaluate.command(perplexity)
+bench.command(throughput)
+
+
+def parse(tokens: Sequence[str]) -> tuple[Callable[[], object], Common]:
+    """Return the command, ready to be called, and the flags that all commands share.
+
+    Raises CycloptsError or ConfigError.
+    """
+    command, bound, _ = app.parse_args(with_dashes(tokens), print_error=False, exit_on_error=False, verbose=False)
+    common = next((value for value in bound.arguments.values() if isinstance(value, Common)), Common())
+    return partial(command, *bound.args, **bound.kwargs), common
+
+
+def usage(error: CycloptsError) -> str:
+    """Return a mistake in the command line as one sentence, with the nearest name."""
+    if isinstance(error, UnknownOptionError):
+        word = (error.token.keyword or error.token.value).split("=")[0]
+        known = [name for argument in error.argument_collection for name in argument.names]
+        return f"unknown option {word}{nearest(word, known)}"
+    if isinstance(error, UnknownCommandError) and error.app is not None and error.unused_tokens:
+        known = [name for name in error.app if not name.startswith("-")]
+        word = error.unused_tokens[0]
+        return f"unknown command {word!r}{nearest(word, known)}: must be one of {', '.join(known)}"
+    if isinstance(error, UnusedCliTokensError):
+        return f"unexpected argument {(error.unused_tokens or [''])[0]!r}"
+    text = " ".join(str(error).split()).removesuffix(".")
+    return text[:1].lower() + text[1:]

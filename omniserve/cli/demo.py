@@ -1,0 +1,156 @@
+"""`omniserve demo`: a small model answers a question, then one table of what each precision costs and gives."""
+
+import importlib.resources
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from omniserve.base.config import Options
+from omniserve.base.errors import CheckpointError
+from omniserve.base.numbers import human_bytes
+from omniserve.base.types import SamplingParams
+from omniserve.cli import machine
+from omniserve.cli.answer import Answer, collect
+from omniserve.cli.flags import NO_FLAGS, Common, settings
+from omniserve.cli.loading import kernels, leaving_at_once, need_torch
+from omniserve.cli.models import (
+    SMOLLM2,
+    SMOLLM2_BYTES,
+    SMOLLM2_LICENCE,
+    fetch_smollm2,
+    find_smollm2,
+    model_directory,
+)
+from omniserve.cli.output import Bars, piece, result, say, table
+
+if TYPE_CHECKING:
+    from omniserve import LLM
+
+QUESTION = "What is the capital of France, and what is it known for?"
+SHOWN = "w8a8kv8"
+"""The precision that answers: good without calibration."""
+COMPARED = ("w16a16kv16", SHOWN, "w4a8kv8", "w4a8kv4")
+WINDOW = 512
+SPEED_TOKENS = 32
+
+
+def demo(
+    *,
+    yes: Annotated[bool, Parameter(negative="")] = False,
+    download_dir: Path | None = None,
+    common: Common = Common(),  # noqa: B008  # frozen
+) -> None:
+    """See a small model answer through the engine, and what each precision costs; fetches the model once (98 MB).
+
+    Parameters
+    ----------
+    yes
+        Fetch the model without asking.
+    download_dir
+        Folder of the model; default: ~/.cache/omniserve/models.
+    """
+    need_torch()
+    options = replace(settings(NO_FLAGS, common), group_size=128, max_num_seqs=1)
+    path = _model(download_dir or model_directory(), ask=not yes and sys.stdin.isatty())
+    result(f"{SMOLLM2}: {SMOLLM2_BYTES / 1e6:.0f} MB, licence {SMOLLM2_LICENCE}\n  {path}")
+    rows: dict[str, list[str]] = {}
+    with _engine(path, options, SHOWN) as llm:
+        _facts(llm)
+        result(f"\n> {QUESTION}\n")
+        result("\n\n" + _ask(llm, write=piece, max_tokens=80).line())
+        rows[SHOWN] = _row(llm)
+        warnings = llm.warnings
+    for word in COMPARED:
+        if word not in rows:
+            with _engine(path, options, word) as llm:
+                rows[word] = _row(llm)
+                warnings = llm.warnings or warnings
+    result("")
+    columns = ["precision", "weights", "KV per token", "tokens/s", "perplexity"]
+    table(columns, [rows[word] for word in COMPARED], title="The same model in four precisions")
+    for sentence in warnings:
+        result(f"! {sentence}")
+    _next_steps(path)
+
+
+def _model(folder: Path, *, ask: bool) -> Path:
+    """Return the model's file, from this folder, the checkout or the network."""
+    for place in (folder, Path.cwd(), Path.cwd() / ".models"):
+        if found := find_smollm2(place):
+            return found
+    if ask:
+        say(f"{SMOLLM2} is not here yet: {SMOLLM2_BYTES / 1e6:.0f} MB, licence {SMOLLM2_LICENCE}, to {folder}")
+        piece("Fetch it? [Y/n] ")
+        if sys.stdin.readline().strip().lower() not in ("", "y", "yes"):
+            raise CheckpointError(f"the demo needs its model: put {SMOLLM2} into {folder}, or run it with --yes")
+    return fetch_smollm2(folder, progress=say)
+
+
+@contextmanager
+def _engine(path: Path, options: Options, precision: str) -> "Iterator[LLM]":
+    """Load the model at a precision; its warnings are left to the caller."""
+    with leaving_at_once():
+        from omniserve import LLM
+    with Bars() as bars:
+
+        def update(phase: str, done: int, total: int) -> None:
+            bars.update(f"{phase} {precision}", done, total)
+
+        llm = LLM(path, options=replace(options, precision=precision), on_load=update)
+    with llm:
+        yield llm
+
+
+def _facts(llm: "LLM") -> None:
+    """Print where and how the model runs."""
+    from omniserve.formats.kv import kv_format
+
+    config, plan, spec = llm.config, llm.plan, llm.spec
+    in_16, in_4 = (kv_format(name).token_bytes(spec.kv_heads, spec.head_dim, spec.layers) for name in ("kv16", "kv4"))
+    result(f"  {config.device.kind}: {machine.cpu()}, {machine.cores()} cores; {kernels(llm)}")
+    result(f"  precision {config.precision.label}, context {config.limits.max_model_len:,} tokens")
+    result(
+        f"  KV cache {human_bytes(plan.kv_bytes)} = {plan.kv_tokens:,} tokens (16 bit:"
+        f" {human_bytes(plan.kv_tokens * in_16)}); {plan.kv_token_bytes:,} B per token, {in_4:,} B with w4a8kv4"
+    )
+
+
+def _ask(llm: "LLM", *, write: Callable[[str], None] | None, max_tokens: int, ignore_eos: bool = False) -> Answer:
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=ignore_eos)
+    return collect(lambda: llm.stream_chat([{"role": "user", "content": QUESTION}], params), write=write)
+
+
+def _row(llm: "LLM") -> list[str]:
+    """Return the table's row of an engine: sizes, speed of one request, perplexity of the shipped text."""
+    from omniserve.evals.perplexity import measure
+
+    speed = _ask(llm, write=None, max_tokens=SPEED_TOKENS, ignore_eos=True).tokens_per_second
+    text = importlib.resources.files("omniserve.cli").joinpath("data/roosevelt-1905.txt").read_text("utf-8")
+    score = measure(llm, [llm.tokenizer.encode(text, special=False)[:WINDOW]])
+    calibrated = " (uncalibrated)" if llm.config.precision.weight == "w4a8" else ""
+    return [
+        llm.config.precision.label + calibrated,
+        human_bytes(llm.plan.weight_bytes),
+        f"{llm.plan.kv_token_bytes:,} B",
+        "-" if speed is None else f"{speed:.1f}",
+        f"{score.perplexity:.2f}",
+    ]
+
+
+def _next_steps(path: Path) -> None:
+    where = shlex.quote(str(path))
+    program = "omniserve" if Path(sys.argv[0]).name == "omniserve" else "python -m omniserve"
+    result("\nGo on with")
+    for line in (
+        f"chat {where} --stats",
+        f"generate {where} --prompt 'Once upon a time' --precision w8a8kv8 --json",
+        f"bench throughput {where} --batch 1,8",
+        "doctor",
+    ):
+        result(f"  {program} {line}")

@@ -1,0 +1,108 @@
+"""`omniserve doctor`: a report to paste into an issue. It never prints keys."""
+
+import platform
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from omniserve import __version__
+from omniserve.base.numbers import human_bytes
+from omniserve.cli import machine
+from omniserve.cli.flags import NO_FLAGS, Common, layers
+from omniserve.cli.loading import leaving_at_once
+from omniserve.cli.models import model_directory
+from omniserve.cli.output import as_json, result
+
+
+def doctor(
+    *,
+    json: Annotated[bool, Parameter(negative="")] = False,
+    common: Common = Common(),  # noqa: B008  # frozen
+) -> None:
+    """Report versions, processor, memory, disk and which implementation serves each operation.
+
+    With --config the merged settings and where each value comes from.
+
+    Parameters
+    ----------
+    json
+        Print one JSON object.
+    """
+    options, origins = layers(NO_FLAGS, common)
+    settings = {
+        name: {"value": getattr(options, name), "origin": origin}
+        for name, origin in origins.items()
+        if common.config is not None or origin != "default"
+    }
+    report = _report()
+    report["settings"] = settings
+    if json:
+        as_json(report)
+        return
+    for line in _lines(report):
+        result(line)
+
+
+def _report() -> dict[str, Any]:
+    total, available = machine.memory_bytes()
+    report: dict[str, Any] = {
+        "omniserve": __version__,
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "platform": platform.platform(),
+        "cpu": machine.cpu(),
+        "cores": machine.cores(),
+        "isa": machine.instruction_sets(),
+        "memory_bytes": total,
+        "memory_available_bytes": available,
+        "disk_free_bytes": {str(path): machine.disk_free_bytes(path) for path in (Path.cwd(), model_directory())},
+        "gpus": machine.gpus(),
+        "packages": {name: machine.version(name) for name in (*machine.NEEDED, *machine.OPTIONAL)},
+        "threads": None,
+        "implementations": {},
+        "problem": None,
+    }
+    try:
+        with leaving_at_once():
+            import torch
+    except ImportError as error:
+        report["problem"] = f"torch cannot be imported: {error}"
+        return report
+    report["threads"] = torch.get_num_threads()
+    report["torch_isa"] = torch.backends.cpu.get_cpu_capability()
+    report["torch_cuda"] = torch.version.cuda
+    devices = ["cpu", *(["cuda"] if report["gpus"] and torch.version.cuda else [])]
+    report["implementations"] = {device: machine.implementations(device) for device in devices}
+    return report
+
+
+def _lines(report: dict[str, Any]) -> list[str]:
+    """Return the report for people: one fact per line."""
+    packages = report["packages"]
+    installed = [f"{name} {version}" for name, version in packages.items() if version is not None]
+    missing = [name for name, version in packages.items() if version is None]
+    lines = [
+        f"omniserve   {report['omniserve']}",
+        f"python      {report['python']} ({report['executable']})",
+        f"platform    {report['platform']}",
+        f"cpu         {report['cpu']}, {report['cores']} cores usable, {report['threads'] or '?'} torch threads",
+        f"isa         {' '.join(report['isa']) or 'unknown'}",
+        f"memory      {human_bytes(report['memory_bytes'])}, {human_bytes(report['memory_available_bytes'])} available",
+        *(f"disk        {human_bytes(free)} free for {path}" for path, free in report["disk_free_bytes"].items()),
+        *(f"gpu         {', '.join(gpu.values())}" for gpu in report["gpus"] or [{"name": "none found"}]),
+        f"packages    {', '.join(installed)}",
+        f"not there   {', '.join(missing) or 'nothing'}",
+    ]
+    for device, chosen in report["implementations"].items():
+        width = max(len(name) for name in chosen)
+        lines.append(f"operations  on {device}:")
+        lines += [f"            {name:<{width}}  {implementation}" for name, implementation in chosen.items()]
+    if report["settings"]:
+        lines.append("settings")
+        for name, entry in report["settings"].items():
+            lines.append(f"            --{name.replace('_', '-')} {entry['value']}  ({entry['origin']})")
+    if report["problem"]:
+        lines.append(f"problem     {report['problem']}")
+    return lines

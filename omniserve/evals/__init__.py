@@ -1,0 +1,1 @@
+"""Floor 9: measures of quality, through the public interface only."""
