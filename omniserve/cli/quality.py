@@ -112,8 +112,10 @@ def _measure(
     from omniserve.evals.perplexity import cut, measure
 
     ids = llm.tokenizer.encode(content, special=False)
-    if second is not None and second.tokenizer.encode(content, special=False) != ids:
-        raise ConfigError("--reference: this model cuts the text into other tokens, so they cannot be compared")
+    if second is not None and (
+        second.spec.vocab != llm.spec.vocab or second.tokenizer.encode(content, special=False) != ids
+    ):
+        raise ConfigError("--reference: this model has other tokens, so the two cannot be compared")
     chosen = cut(ids, length=length, stride=stride, which=which)
     with Bars(quiet=quiet) as bars:
         score = measure(

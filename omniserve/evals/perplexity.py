@@ -185,7 +185,7 @@ class _Twin:
         # after the last chunk the reference may return from `score`; after an error it must not go on
         self._closed = error is not None
         self._turn.release()
-        self._thread.join(timeout=1.0 if error is not None else None)
+        self._thread.join(timeout=0.2 if error is not None else None)
 
     def take(self, count: int) -> Tensor:
         """Return the logits [count, V] of the next positions. Valid until the next call."""
