@@ -3,12 +3,12 @@
 from typing import TYPE_CHECKING
 
 from omniserve.base.types import SamplingParams
+from omniserve.base.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from omniserve.llm import LLM
 
-__all__ = ["LLM", "SamplingParams"]
-__version__ = "0.1.0"
+__all__ = ["LLM", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> object:

@@ -1,100 +1,164 @@
 """The offline API: text in, text out, with the engine in this process."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
 from omniserve.base.config import EngineConfig, Options, options_from, options_from_environment
-from omniserve.base.errors import RequestError
+from omniserve.base.errors import OmniserveError, RequestError
 from omniserve.base.spec import ModelSpec
-from omniserve.base.types import FinishReason, Output, Request, SamplingParams, Usage, check_prompt
+from omniserve.base.types import (
+    FinishReason,
+    Logprob,
+    Output,
+    Request,
+    SamplingParams,
+    TokenLogprobs,
+    Usage,
+    check_prompt,
+)
 from omniserve.engine.build import LoadProgress, MemoryPlan, build
+from omniserve.engine.scheduler import mixed
+from omniserve.formats.checkpoint import read_json
 from omniserve.ops.dispatch import choices
-from omniserve.text import TextStream, Tokenizer
+from omniserve.text import StopFinder, TextStream, Tokenizer
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, str]]
 Progress = Callable[[int, int], None]
+Key = TypeVar("Key")
+"""What `LLM.run` hands back beside a result, so that its caller knows whose it is."""
+TokenOptions = Mapping[int, Logprob]
+"""The token at one position, and the likeliest ones: id -> how likely, the token itself first."""
+
+_GENERATION = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""Keys of generation_config.json that are defaults of requests; its eos_token_id is the tokenizer's business."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionOutput:
-    """One generated continuation. token_ids ends with the token that stopped it, if one did."""
+    """One generated continuation. token_ids ends with the token that stopped it, if one did.
+
+    index     place among the prompt's n continuations
+    logprobs  for each token what `SamplingParams.logprobs` asks for; None if it asks for nothing
+    """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
+    index: int = 0
+    logprobs: tuple[TokenOptions, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOutput:
-    """What became of one prompt."""
+    """What became of one prompt.
+
+    prompt_logprobs  for each of the prompt's tokens what `SamplingParams.prompt_logprobs` asks for, None for the first
+    usage            of all continuations together; the prompt counts once
+    """
 
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
     usage: Usage
+    prompt_logprobs: tuple[TokenOptions | None, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """What one step of a stream brought; finish_reason and usage come with the last one."""
+    """What one step of a stream brought for one continuation; finish_reason and usage come with its last one."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    index: int = 0
+    logprobs: tuple[TokenOptions, ...] | None = None
 
 
-@dataclass(slots=True, kw_only=True)
 class _Open:
     """A request on its way through the engine, and its text so far."""
 
-    prompt: str | None
-    request: Request
-    text: TextStream
-    ids: list[int] = field(default_factory=list)
-    finish: FinishReason | None = None
-    usage: Usage | None = None
+    def __init__(self, request: Request, index: int, tokenizer: Tokenizer) -> None:
+        params = request.sampling
+        self.request = request
+        self.index = index
+        self.ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+        self.finish: FinishReason | None = None
+        self.usage: Usage | None = None
+        self._params = params
+        self._stream = TextStream(tokenizer, skip_special=params.skip_special_tokens)
+        self._finder = StopFinder(params.stop, include_stop=params.include_stop_str_in_output)
+        self._pieces: list[str] = []
 
-    def take(self, output: Output) -> Delta:
-        """Add a step's tokens. A stop string ends the request here: later tokens are dropped."""
+    @property
+    def text(self) -> str:
+        """All text so far."""
+        return "".join(self._pieces)
+
+    def take(self, output: Output) -> str:
+        """Add a step's tokens and return their text. A stop string ends the request: later tokens are dropped.
+
+        A token that ends the request is no text, unless that is asked for. In the text of the first `min_tokens`
+        tokens no stop string is looked for.
+        """
         self.ids += output.new_tokens
-        emitted = self.text.push(output.new_tokens, output.finish is not None)
+        self.logprobs += output.logprobs
+        self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs
         self.usage = output.usage
-        if self.text.stopped:
-            self.finish = "stop"
-        elif output.finish is not None:
-            self.finish = output.finish
-        ended = self.finish is not None
-        return Delta(
-            text=emitted,
-            token_ids=output.new_tokens,
-            finish_reason=self.finish,
-            usage=self.usage if ended else None,
-        )
+        hidden = output.finish == "stop" and not self._params.include_stop_str_in_output
+        piece = self._stream.push(output.new_tokens[:-1] if hidden else output.new_tokens, output.finish is not None)
+        if len(self.ids) > self._params.min_tokens:
+            piece = self._finder.push(piece)
+        if output.finish is not None:
+            piece += self._finder.flush()
+        self.finish = "stop" if self._finder.found is not None else output.finish
+        self._pieces.append(piece)
+        return piece
 
-    def result(self) -> RequestOutput:
-        """Return the finished request."""
-        assert self.finish is not None and self.usage is not None
-        completion = CompletionOutput(text=self.text.text, token_ids=tuple(self.ids), finish_reason=self.finish)
-        return RequestOutput(
-            prompt=self.prompt,
-            prompt_token_ids=tuple(self.request.tokens[: self.request.prompt]),
-            outputs=(completion,),
-            usage=self.usage,
-        )
+
+@dataclass(slots=True, kw_only=True)
+class _Group:
+    """A prompt and its continuations under way."""
+
+    prompt: str | None
+    members: list[_Open]
+    deltas: deque[tuple[_Open, Output]] = field(default_factory=deque)
+
+    @property
+    def finished(self) -> bool:
+        """True once all continuations have ended."""
+        return all(member.finish is not None for member in self.members)
+
+    @property
+    def usage(self) -> Usage:
+        """Token counts of all continuations; the prompt counts once."""
+        all_usages = [member.usage for member in self.members if member.usage is not None]
+        return replace(all_usages[0], completion_tokens=sum(usage.completion_tokens for usage in all_usages))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Checked:
+    """Sampling parameters whose ids fit the model, and what their texts are in tokens."""
+
+    params: SamplingParams
+    stop_ids: frozenset[int]
+    bad_words: tuple[tuple[int, ...], ...]
 
 
 class LLM:
     """A model that is loaded and ready to generate.
 
-    model     path of a .gguf file or of a Hugging Face folder
+    model     path of a .gguf file or of a Hugging Face folder, or a name on huggingface.co; none with a shape
     keywords  the fields of `Options`, for instance precision="w8a8kv8"; they win over `OMNISERVE_<FLAG>` variables
     options   the fields all at once (the environment is then not read)
     on_load   called as on_load(phase, done, total) while the model loads
@@ -104,7 +168,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | None = None,
         *,
         options: Options | None = None,
         on_load: LoadProgress | None = None,
@@ -115,12 +179,26 @@ class LLM:
         built = build(model, options, on_load=on_load)
         self._engine = built.engine
         self._numbers = itertools.count()
-        self._spares: dict[str, list[Output]] = {}
+        self._streams: dict[str, tuple[_Group, _Open]] = {}
+        self._texts: dict[int, str] = {}
         self.spec: ModelSpec = built.spec
         self.config: EngineConfig = built.config
         self.plan: MemoryPlan = built.plan
         self.warnings: tuple[str, ...] = built.warnings
-        self.tokenizer = Tokenizer.load(built.source, options.chat_template)
+        longest = 16 * built.config.limits.max_model_len
+        self.tokenizer = Tokenizer.load(built.source, options.chat_template, max_prompt_bytes=longest)
+        self._defaults = _generation_config(built.source.path)
+
+    def default_params(self) -> SamplingParams:
+        """Return what the model's generation_config.json asks for, and the usual values for the rest.
+
+        temperature, top_p, top_k, min_p and repetition_penalty are taken from it; a GGUF file has none. They hold where
+        the caller gives no SamplingParams at all. Raises RequestError for a value that is not allowed.
+        """
+        try:
+            return SamplingParams(**self._defaults)
+        except RequestError as error:
+            raise RequestError(f"the model's generation_config.json: {error}; give SamplingParams") from None
 
     def generate(
         self,
@@ -131,11 +209,14 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continue prompts (texts or lists of token ids) and return the results in their order.
 
+        params  one for all or one for each; None: `default_params`
         Raises RequestError for a prompt that cannot be served; then none of them runs.
         """
         many = _listed(prompts)
-        opened = [self._open(prompt, param) for prompt, param in zip(many, _each(params, len(many)), strict=True)]
-        return self._run(opened, on_progress)
+        each = _each(self.default_params() if params is None else params, len(many))
+        checked = {key: self._check(one) for key, one in {id(one): one for one in each}.items()}
+        groups = [self._open(prompt, checked[id(one)]) for prompt, one in zip(many, each, strict=True)]
+        return self._run(groups, on_progress)
 
     def chat(
         self,
@@ -151,12 +232,56 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
         """Continue one prompt, yielding text as it comes; closing the iterator aborts the request."""
-        opened = self._open(prompt, params or SamplingParams())
-        return self._stream(opened)
+        group = self._open(prompt, self._check(self.default_params() if params is None else params))
+        return self._stream(group)
 
     def stream_chat(self, messages: Messages, params: SamplingParams | None = None) -> Iterator[Delta]:
         """Answer one conversation, yielding text as it comes."""
         return self.stream(self.tokenizer.chat(messages), params)
+
+    def run(
+        self, requests: Iterable[tuple[Key, Prompt, SamplingParams] | None], *, ahead: int
+    ) -> Iterator[tuple[Key, RequestOutput | OmniserveError]]:
+        """Continue prompts as an iterator brings them, yielding (key, result) in the order in which they end.
+
+        ahead  prompts under way at once: more are not taken from the iterator, which may be endless
+        A None among the requests means that there is none now: the iterator is asked again after the next step. A
+        prompt that cannot be served yields its error, and the others go on. Closing the result aborts what is under
+        way.
+        """
+        assert ahead >= 1, ahead
+        source, more = iter(requests), True
+        numbers = itertools.count()
+        under_way: dict[int, tuple[Key, _Group]] = {}
+        try:
+            while more or under_way:
+                while more and len(under_way) < ahead:
+                    try:
+                        asked = next(source)
+                    except StopIteration:
+                        more = False
+                        break
+                    if asked is None:
+                        break
+                    key, prompt, params = asked
+                    try:
+                        group = self._open(prompt, self._check(params))
+                        self._enter(group)
+                    except OmniserveError as error:
+                        yield key, error
+                        continue
+                    under_way[next(numbers)] = key, group
+                if under_way:
+                    self._step()
+                for number, (key, group) in list(under_way.items()):
+                    self._take_in(group)
+                    if group.finished:
+                        del under_way[number]
+                        self._leave(group)
+                        yield key, self._result(group)
+        finally:
+            for _, group in under_way.values():
+                self._leave(group)
 
     def score(self, ids: Sequence[int], reduce: Callable[[Tensor, Tensor], None]) -> None:
         """Give the logits of every position of `ids` to reduce(positions int64 [t], logits [t, V]), in order.
@@ -203,7 +328,45 @@ class LLM:
     def _name(self) -> str:
         return f"request-{next(self._numbers)}"
 
-    def _open(self, prompt: Prompt, params: SamplingParams) -> _Open:
+    def _check(self, params: SamplingParams) -> _Checked:
+        """Raise RequestError unless the model has all the ids, and something is left to draw."""
+        vocab = self.spec.vocab
+        bias, allowed = params.logit_bias, params.allowed_token_ids or ()
+        for name, ids in (
+            ("logit_bias", bias),
+            ("allowed_token_ids", allowed),
+            ("stop_token_ids", params.stop_token_ids),
+        ):
+            if (largest := max(ids, default=0)) >= vocab:
+                raise RequestError(
+                    f"token id {largest} in {name}: the model has {vocab} tokens, ids must be 0 to {vocab - 1}"
+                )
+        bad_words = tuple(sequence for word in params.bad_words for sequence in self._bad_word(word))
+        own = frozenset[int]() if params.ignore_eos else self.tokenizer.eos_ids
+        stop_ids = frozenset(token for token in own if token < vocab) | frozenset(params.stop_token_ids)
+        forbidden = {sequence[0] for sequence in bad_words if len(sequence) == 1}
+        if params.min_tokens:
+            forbidden |= stop_ids
+        left = set(allowed) - forbidden if allowed else vocab - len(forbidden)
+        if not left:
+            raise RequestError("allowed_token_ids, bad_words and min_tokens together leave no token: allow another one")
+        return _Checked(params=params, stop_ids=stop_ids, bad_words=bad_words)
+
+    def _bad_word(self, word: str) -> list[tuple[int, ...]]:
+        """Return the token sequences of a word, at the start of a text and behind a space.
+
+        Source: vLLM's SamplingParams.update_from_tokenizer.
+        """
+        text = word.lstrip()
+        plain, spaced = (tuple(self.tokenizer.encode(start + text, special=False)) for start in ("", " "))
+        if not text or not plain:
+            raise RequestError(f"bad_words: {word!r} holds no token; give words that hold more than spaces")
+        if max(plain + spaced) >= self.spec.vocab:
+            raise RequestError(f"bad_words: {word!r} holds a token that the model does not have; leave it out")
+        another = len(plain) == len(spaced) and plain[0] != spaced[0]
+        return [plain, spaced] if another else [plain]
+
+    def _open(self, prompt: Prompt, checked: _Checked) -> _Group:
         text = prompt if isinstance(prompt, str) else None
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         check_prompt(ids, self.spec.vocab)
@@ -213,65 +376,160 @@ class LLM:
                 f"the prompt has {len(ids)} tokens: max_model_len is {self.config.limits.max_model_len} and one "
                 "must be left for the answer; shorten the prompt"
             )
-        stops = frozenset(params.stop_token_ids)
-        request = Request(
-            id=self._name(),
-            tokens=ids,
-            prompt=len(ids),
-            sampling=params,
-            stop_ids=stops if params.ignore_eos else stops | self.tokenizer.eos_ids,
-            limit=min(params.max_tokens or room, room),
-        )
-        return _Open(prompt=text, request=request, text=TextStream(self.tokenizer, params.stop))
+        params = checked.params
+        members: list[_Open] = []
+        for index in range(params.n):
+            seed = params.seed if params.seed is None or index == 0 else mixed(params.seed, index)
+            request = Request(
+                id=self._name(),
+                tokens=list(ids),
+                prompt=len(ids),
+                sampling=params if seed == params.seed else replace(params, seed=seed),
+                stop_ids=checked.stop_ids,
+                bad_words=checked.bad_words,
+                limit=min(params.max_tokens or room, room),
+                reduce="logprobs" if params.prompt_logprobs is not None and index == 0 else None,
+                leader=members[0].request if members else None,
+            )
+            members.append(_Open(request, index, self.tokenizer))
+        return _Group(prompt=text, members=members)
 
-    def _run(self, opened: list[_Open], on_progress: Progress | None) -> list[RequestOutput]:
-        waiting = {one.request.id: one for one in opened}
-        added = []
+    def _run(self, groups: list[_Group], on_progress: Progress | None) -> list[RequestOutput]:
+        waiting = {member.request.id: (group, member) for group in groups for member in group.members}
+        added, done = [], 0
         try:
-            for one in opened:
-                self._engine.add(one.request)
-                added.append(one.request.id)
+            for name, (_, member) in waiting.items():
+                self._engine.add(member.request)
+                added.append(name)
             while waiting:
                 for output in self._step():
-                    one_open = waiting.get(output.request)
-                    if one_open is None:
+                    if output.request not in waiting:
                         continue
-                    one_open.take(output)
-                    if one_open.finish is not None:
-                        self._end(one_open)
+                    group, member = waiting[output.request]
+                    member.take(output)
+                    if member.finish is not None:
+                        self._end(member)
                         del waiting[output.request]
-                        if on_progress is not None:
-                            on_progress(len(opened) - len(waiting), len(opened))
+                        if group.finished:
+                            done += 1
+                            if on_progress is not None:
+                                on_progress(done, len(groups))
         except BaseException:
             for name in added:
                 self._engine.abort(name)
             raise
-        return [one.result() for one in opened]
+        return [self._result(group) for group in groups]
 
-    def _stream(self, opened: _Open) -> Iterator[Delta]:
-        self._engine.add(opened.request)
-        mine = self._spares.setdefault(opened.request.id, [])
+    def _result(self, group: _Group) -> RequestOutput:
+        outputs = []
+        for member in group.members:
+            assert member.finish is not None, member.request
+            outputs.append(
+                CompletionOutput(
+                    text=member.text,
+                    token_ids=tuple(member.ids),
+                    finish_reason=member.finish,
+                    index=member.index,
+                    logprobs=self._shown(member.request.sampling, member.logprobs),
+                )
+            )
+        first = group.members[0]
+        prompt_logprobs = None
+        if first.request.reduce == "logprobs":
+            prompt_logprobs = (None, *map(self._options, first.prompt_logprobs or ()))
+        return RequestOutput(
+            prompt=group.prompt,
+            prompt_token_ids=tuple(first.request.tokens[: first.request.prompt]),
+            outputs=tuple(outputs),
+            usage=group.usage,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def _enter(self, group: _Group) -> None:
+        """Hand a prompt's continuations to the engine: all or none."""
         try:
-            while opened.finish is None:
-                if not mine:
+            for member in group.members:
+                self._streams[member.request.id] = group, member
+                self._engine.add(member.request)
+        except BaseException:
+            self._leave(group)
+            raise
+
+    def _leave(self, group: _Group) -> None:
+        """Forget a prompt's continuations; those that have not ended are aborted."""
+        for member in group.members:
+            self._streams.pop(member.request.id, None)
+            self._engine.abort(member.request.id)
+
+    def _stream(self, group: _Group) -> Iterator[Delta]:
+        try:
+            self._enter(group)
+            while not group.finished:
+                if not group.deltas:
                     self._step()
-                while mine and opened.finish is None:
-                    yield opened.take(mine.pop(0))
+                while group.deltas:
+                    member, output = group.deltas.popleft()
+                    if member.finish is None:
+                        yield self._delta(member, output)
         finally:
-            del self._spares[opened.request.id]
-            self._engine.abort(opened.request.id)
+            self._leave(group)
+
+    def _take_in(self, group: _Group) -> None:
+        """Give a prompt's continuations what has come for them."""
+        while group.deltas:
+            member, output = group.deltas.popleft()
+            if member.finish is None:
+                member.take(output)
+                if member.finish is not None:
+                    self._end(member)
+
+    def _delta(self, member: _Open, output: Output) -> Delta:
+        text = member.take(output)
+        if member.finish is not None:
+            self._end(member)
+        return Delta(
+            text=text,
+            token_ids=output.new_tokens,
+            finish_reason=member.finish,
+            usage=None if member.finish is None else member.usage,
+            index=member.index,
+            logprobs=self._shown(member.request.sampling, output.logprobs),
+        )
 
     def _step(self) -> list[Output]:
         """Step the engine; outputs of open streams wait until their reader asks."""
         outputs = self._engine.step()
         for output in outputs:
-            if output.request in self._spares:
-                self._spares[output.request].append(output)
+            if output.request in self._streams:
+                group, member = self._streams[output.request]
+                group.deltas.append((member, output))
         return outputs
 
     def _end(self, opened: _Open) -> None:
         if not opened.request.finished:  # a stop string ended it, which the engine cannot know
             self._engine.abort(opened.request.id)
+
+    def _shown(self, params: SamplingParams, logprobs: Iterable[TokenLogprobs]) -> tuple[TokenOptions, ...] | None:
+        return None if params.logprobs is None else tuple(map(self._options, logprobs))
+
+    def _options(self, one: TokenLogprobs) -> TokenOptions:
+        options = {one.token: Logprob(logprob=one.logprob, rank=one.rank, decoded_token=self._text(one.token))}
+        for rank, (token, logprob) in enumerate(one.top, 1):
+            if token not in options:
+                options[token] = Logprob(logprob=logprob, rank=rank, decoded_token=self._text(token))
+        return options
+
+    def _text(self, token: int) -> str:
+        if token not in self._texts:
+            self._texts[token] = self.tokenizer.decode([token], skip_special=False)
+        return self._texts[token]
+
+
+def _generation_config(path: Path) -> dict[str, Any]:
+    """Return the sampling defaults beside a model's weights; what a file sets to null it leaves open."""
+    file = path / "generation_config.json"
+    found = read_json(file) if file.is_file() else {}
+    return {name: found[name] for name in _GENERATION if found.get(name) is not None}
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -280,9 +538,9 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return cast(list[Prompt], [prompts] if one else list(prompts))
 
 
-def _each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
+def _each(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
+    if isinstance(params, SamplingParams):
+        return [params] * count
     if len(params) != count:
         raise RequestError(f"{len(params)} sampling parameters for {count} prompts: give one, or one for each")
     return list(params)

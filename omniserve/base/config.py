@@ -25,6 +25,12 @@ PRECISIONS = (
 )  # fmt: skip
 """QServe's words, as `--precision` takes them; `w4a8` and `w8a8` alone mean kv8."""
 
+SHAPES = (
+    "tiny", "llama-3-8b", "llama-2-7b", "llama-2-13b", "llama-30b", "llama-2-70b", "mistral-7b", "yi-34b",
+    "qwen1.5-72b",
+)  # fmt: skip
+"""Models that `--shape` names, for benchmarks with dummy weights."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Precision:
@@ -66,6 +72,10 @@ class Precision:
         raise ConfigError(f"precision={word!r}: must be one of {', '.join(PRECISIONS)}{nearest(word, PRECISIONS)}")
 
 
+GROUP = 128
+"""Group size of 4-bit weights that are quantized at load, unless the user says otherwise."""
+
+
 def option(default: Any, help: str, *, choices: tuple[Any, ...] = ()) -> Any:
     """Return a dataclass field that carries its help text and allowed values."""
     return field(default=default, metadata={"help": help, "choices": choices})
@@ -78,11 +88,21 @@ class Options:
     precision: str = option(
         "auto", f"auto, or one of {', '.join(PRECISIONS)}; auto is the checkpoint's own, w8a8kv8 if it is 16 bit"
     )
-    group_size: int = option(
-        128, "columns per scale of 4-bit weights quantized at load: 128, or -1 per channel", choices=(-1, 128)
+    group_size: int | None = option(
+        None,
+        "columns per scale of 4-bit weights: 128, or -1 per channel; default: the checkpoint's, 128 at load",
+        choices=(-1, 128, None),
     )
     dtype: str = option("auto", "type of what is not quantized", choices=("auto", "float32", "float16", "bfloat16"))
-    load_format: str = option("auto", "format of the weights", choices=("auto", "safetensors", "gguf"))
+    load_format: str = option(
+        "auto",
+        "format of the weights; dummy (or --dummy-weights): random ones, for benchmarks, with --shape instead of MODEL",
+        choices=("auto", "safetensors", "gguf", "dummy"),
+    )
+    shape: str | None = option(None, "with dummy weights: the model to imitate", choices=SHAPES)
+    revision: str | None = option(None, "branch, tag or commit of a model of huggingface.co; default: main")
+    download_dir: str | None = option(None, "where downloaded models are kept; default: huggingface_hub's cache")
+    offline: bool = option(False, "never open an outgoing connection: downloaded models only")
     chat_template: str | None = option(None, "file with a Jinja chat template, instead of the model's")
     device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
     backend: str = option(
@@ -184,14 +204,30 @@ def choose_precision(options: Options, stored: Precision | None) -> Precision:
     Raises ConfigError if the user asks a quantized checkpoint for other weights than it holds.
     """
     if options.precision == "auto":
+        if stored is not None and stored.weight == "w4a8" and options.group_size not in (None, stored.group):
+            raise ConfigError(f"group_size={options.group_size}: the checkpoint holds {stored.label} weights")
         return stored or Precision.parse("w8a8kv8")
-    chosen = Precision.parse(options.precision, options.group_size)
+    group = options.group_size or (stored.group if stored is not None else GROUP)
+    chosen = Precision.parse(options.precision, group)
     if stored is not None and (chosen.weight, chosen.group) != (stored.weight, stored.group):
         raise ConfigError(
             f"precision={options.precision}: the checkpoint holds {stored.label} weights, "
             f"which cannot be served as {chosen.label}"
         )
     return chosen
+
+
+def check_model(model: object, options: Options) -> None:
+    """Raise ConfigError unless there is a model, or else a shape with dummy weights."""
+    dummy = options.load_format == "dummy"
+    if options.shape is not None and not dummy:
+        raise ConfigError(f"shape={options.shape}: goes with load_format=dummy only, a model has a shape of its own")
+    if dummy and options.shape is None:
+        raise ConfigError(f"load_format=dummy: give the shape as well, one of {', '.join(SHAPES)}")
+    if dummy and model is not None:
+        raise ConfigError(f"load_format=dummy: takes shape={options.shape} instead of the model {str(model)!r}")
+    if not dummy and model is None:
+        raise ConfigError("MODEL is missing: give a .gguf file, a model folder or a name on huggingface.co (ORG/NAME)")
 
 
 def _positive(name: str, value: int | None, default: int, allow_zero: bool = False) -> int:
@@ -222,18 +258,27 @@ def options_from(values: Mapping[str, Any], *, origin: str, base: Options | None
     return replace(base or Options(), **values)
 
 
+_OF_THE_TESTS = ("OMNISERVE_TEST_MODELS",)
+"""Variables that tell the tests where things are; they are no options."""
+
+
 def options_from_environment(base: Options | None = None) -> Options:
     """Return `base` with the values of `OMNISERVE_<FLAG>` variables; an unknown one is a ConfigError."""
+    return options_from(environment(), origin="environment", base=base)
+
+
+def environment() -> dict[str, Any]:
+    """Return the options that `OMNISERVE_<FLAG>` variables set; an unknown one is a ConfigError."""
     known = {f.name: f for f in fields(Options)}
     values: dict[str, Any] = {}
     for variable, text in os.environ.items():
-        if not variable.startswith("OMNISERVE_"):
+        if not variable.startswith("OMNISERVE_") or variable in _OF_THE_TESTS:
             continue
         name = variable.removeprefix("OMNISERVE_").lower()
         if name not in known:
             raise ConfigError(f"environment: unknown option {variable}{nearest(name, known)}")
         values[name] = _from_text(variable, known[name].type, text)
-    return options_from(values, origin="environment", base=base)
+    return values
 
 
 def _accepts(annotation: Any) -> tuple[type, ...]:
@@ -246,7 +291,7 @@ def _check(origin: str, name: str, annotation: Any, choices: tuple[Any, ...], va
     if not fits or (isinstance(value, bool) and bool not in types):
         allowed = " or ".join("nothing" if t is type(None) else t.__name__ for t in types)
         raise ConfigError(f"{origin}: {name}={value!r}: must be {allowed}")
-    if choices and value not in choices:
+    if choices and value is not None and value not in choices:
         words = ", ".join(str(choice) for choice in choices)
         hint = nearest(value, choices) if isinstance(value, str) else ""
         raise ConfigError(f"{origin}: {name}={value!r}: must be one of {words}{hint}")

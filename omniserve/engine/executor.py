@@ -1,18 +1,26 @@
 """How steps reach the ranks."""
 
+import contextlib
+
 from omniserve.base.types import Step
 from omniserve.engine.runner import Drawn, Runner
+from omniserve.ops.dispatch import force_reference
 
 
 class LocalExecutor:
-    """One rank in this process; a CUDA device works while the host goes on, a CPU works within `submit`."""
+    """One rank in this process; a CUDA device works while the host goes on, a CPU works within `submit`.
 
-    def __init__(self, runner: Runner) -> None:
+    reference  compute every operation by its reference, whatever implementations there are
+    """
+
+    def __init__(self, runner: Runner, *, reference: bool = False) -> None:
         self._runner = runner
+        self._context = force_reference if reference else contextlib.nullcontext
 
     def submit(self, step: Step) -> Drawn:
         """Hand a step to the device; results come in the order of submission."""
-        return self._runner.run(step)
+        with self._context():
+            return self._runner.run(step)
 
     def close(self) -> None:
         """Nothing to stop: the rank lives in this process."""

@@ -1,35 +1,65 @@
 """One rank: the model, its pages, and the state of its request slots."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from omniserve.base.types import Step, StepResult, Work
+from omniserve.base.types import Admission, Step, StepResult, TokenLogprobs, Work
 from omniserve.engine.assemble import Assembled, Assembler
 from omniserve.models.decoder import Decoder, LayerStores
 from omniserve.ops.batch import Workspace
-from omniserve.ops.sample import SampleState, sample
+from omniserve.ops.sample import Logprobs, SampleState, logprobs, sample
 
 SCORE_TILE = 128
 """Positions whose logits a reducer gets at once; bounds the memory of large vocabularies."""
 
 
-class Drawn:
-    """Tokens of one step that still lie on the device."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """Log-probabilities of tokens that still lie on the device; per token its request and how many of `top` it gets."""
 
-    def __init__(self, requests: tuple[str, ...], tokens: Tensor | None) -> None:
-        self._requests = requests
-        self._tokens = tokens
+    requests: tuple[str, ...]
+    counts: tuple[int, ...]
+    tokens: Tensor
+    values: Logprobs
+
+    def entries(self) -> Iterator[tuple[str, TokenLogprobs]]:
+        """Wait for the step and yield each token's entry."""
+        ids, tops = self.values.top_ids.tolist(), self.values.top_logprobs.tolist()
+        chosen = zip(self.tokens.tolist(), self.values.logprob.tolist(), self.values.rank.tolist(), strict=True)
+        for place, (token, logprob, rank) in enumerate(chosen):
+            top = tuple(zip(ids[place], tops[place], strict=True))[: self.counts[place]]
+            yield self.requests[place], TokenLogprobs(token=token, logprob=logprob, rank=rank, top=top)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """What a step has brought, on the device still: tokens int64 [S] and whose they are, log-probabilities."""
+
+    requests: tuple[str, ...] = ()
+    tokens: Tensor | None = None
+    logprobs: Listed | None = None
+    prompt_logprobs: tuple[Listed, ...] = ()
 
     def result(self) -> StepResult:
-        """Wait for the step and return what it drew."""
-        values = [] if self._tokens is None else self._tokens.tolist()
-        return StepResult(tokens=dict(zip(self._requests, values, strict=True)))
+        """Wait for the step and return what it brought."""
+        values = [] if self.tokens is None else self.tokens.tolist()
+        prompts: defaultdict[str, list[TokenLogprobs]] = defaultdict(list)
+        for listed in self.prompt_logprobs:
+            for request, entry in listed.entries():
+                prompts[request].append(entry)
+        return StepResult(
+            tokens=dict(zip(self.requests, values, strict=True)),
+            logprobs={} if self.logprobs is None else dict(self.logprobs.entries()),
+            prompt_logprobs={request: tuple(entries) for request, entries in prompts.items()},
+        )
 
 
 class Runner:
-    """Runs steps in order. Mutable: pages, page tables, last tokens and sampling parameters by slot."""
+    """Runs steps in order. Mutable: pages, page tables, last tokens and what sampling needs by slot."""
 
     def __init__(
         self,
@@ -46,42 +76,95 @@ class Runner:
         self.model = model
         self.stores = stores
         self.assembler = Assembler(slots=slots, max_len=max_len, kinds=kinds, device=device)
-        self._sampling = SampleState(slots, device)
+        self._sampling = SampleState(slots, spec.vocab, device)
+        self._logprobs: dict[int, int] = {}  # by slot, how many are asked for
         self._work = Workspace(out=torch.empty(max_step_tokens, spec.heads, spec.head_dim, dtype=dtype, device=device))
-        self._reducers: dict[int, Work] = {}
+        self._scored: dict[int, Admission] = {}
 
     @torch.inference_mode()
     def run(self, step: Step) -> Drawn:
         """Run one step; what it drew stays on the device until the result is asked for."""
+
         for work in step.works:
             if work.admission is not None:
-                self._sampling.set(work.slot, work.admission.sampling, work.admission.seed)
-                self._reducers[work.slot] = work
+                self._admit(work.slot, work.admission)
         assembled = self.assembler.assemble(step, self._work)
         hidden = self.model.hidden(assembled.batch, self.stores)
+        scored: list[Listed] = []
         for number, work in enumerate(step.works):
             if work.logits == "all":
-                self._reduce(work, hidden, assembled, number)
-        return self._draw(step.works, hidden, assembled)
+                scored += self._score(work, hidden, assembled.spans[number])
+        return self._draw(step.works, hidden, assembled, tuple(scored))
 
-    def _reduce(self, work: Work, hidden: Tensor, assembled: Assembled, number: int) -> None:
-        admission = self._reducers[work.slot].admission
-        assert admission is not None and admission.reduce is not None, work
-        position = work.start
-        for span in assembled.spans[number]:
+    def _admit(self, slot: int, admission: Admission) -> None:
+        self._sampling.set(slot, admission)
+        wanted = admission.sampling.logprobs
+        if wanted is None:
+            self._logprobs.pop(slot, None)
+        else:
+            self._logprobs[slot] = wanted
+        if admission.reduce is None:
+            self._scored.pop(slot, None)
+        else:
+            self._scored[slot] = admission
+
+    def _score(self, work: Work, hidden: Tensor, spans: Sequence[slice]) -> Iterator[Listed]:
+        """Reduce the logits of a work's positions; what the built-in reducer makes of them is yielded."""
+        admission = self._scored[work.slot]
+        assert admission.reduce is not None, work
+        first = work.start
+        for span in spans:
             for begin in range(span.start, span.stop, SCORE_TILE):
                 end = min(begin + SCORE_TILE, span.stop)
-                positions = torch.arange(position, position + end - begin, device=hidden.device)
-                admission.reduce(positions, self.model.logits(hidden[begin:end]))
-                position += end - begin
+                positions = range(first, first + end - begin)
+                first = positions.stop
+                logits = self.model.logits(hidden[begin:end])
+                if admission.reduce != "logprobs":
+                    admission.reduce(torch.arange(positions.start, positions.stop, device=hidden.device), logits)
+                    continue
+                targets = admission.history[positions.start + 1 : min(positions.stop + 1, admission.prompt)]
+                if targets:
+                    count = admission.sampling.prompt_logprobs or 0
+                    yield self._listed(work, logits[: len(targets)], targets, count)
 
-    def _draw(self, works: Sequence[Work], hidden: Tensor, assembled: Assembled) -> Drawn:
+    def _listed(self, work: Work, logits: Tensor, targets: Sequence[int], count: int) -> Listed:
+        tokens = torch.tensor(targets, dtype=torch.int64).to(logits.device, non_blocking=True)
+        size = len(targets)
+        return Listed(
+            requests=(work.request,) * size,
+            counts=(count,) * size,
+            tokens=tokens,
+            values=logprobs(logits, tokens, count),
+        )
+
+    def _draw(self, works: Sequence[Work], hidden: Tensor, assembled: Assembled, scored: tuple[Listed, ...]) -> Drawn:
         drawing = [(work, end) for work, end in zip(works, assembled.ends, strict=True) if work.draws]
         if not drawing:
-            return Drawn((), None)
-        ends = torch.tensor([end for _, end in drawing], device=hidden.device)
+            return Drawn(prompt_logprobs=scored)
+        device = hidden.device
+        ends = torch.tensor([end for _, end in drawing], device=device)
         slots = [work.slot for work, _ in drawing]
-        positions = torch.tensor([work.start + work.count for work, _ in drawing], device=hidden.device)
-        tokens = sample(self.model.logits(hidden[ends]), self._sampling.rows(slots, positions))
-        self.assembler.last_token[torch.tensor(slots, device=hidden.device)] = tokens
-        return Drawn(tuple(work.request for work, _ in drawing), tokens)
+        logits = self.model.logits(hidden[ends])
+        rows = self._sampling.rows(slots, [work.start + work.count for work, _ in drawing])
+        tokens = sample(logits, rows)
+        self._sampling.note(rows, tokens)
+        self.assembler.last_token[torch.tensor(slots, device=device)] = tokens
+        requests = tuple(work.request for work, _ in drawing)
+        listed = self._of_draws(requests, slots, logits, tokens)
+        return Drawn(requests=requests, tokens=tokens, logprobs=listed, prompt_logprobs=scored)
+
+    def _of_draws(
+        self, requests: tuple[str, ...], slots: Sequence[int], logits: Tensor, tokens: Tensor
+    ) -> Listed | None:
+        asking = [row for row, slot in enumerate(slots) if slot in self._logprobs] if self._logprobs else []
+        if not asking:
+            return None
+        counts = tuple(self._logprobs[slots[row]] for row in asking)
+        rows = torch.tensor(asking).to(logits.device, non_blocking=True)
+        chosen = tokens[rows]
+        return Listed(
+            requests=tuple(requests[row] for row in asking),
+            counts=counts,
+            tokens=chosen,
+            values=logprobs(logits[rows], chosen, max(counts)),
+        )

@@ -4,12 +4,13 @@ A request has `known` tokens (prompt, produced, and the one a step in flight is 
 step) and `computed` tokens (landed); a step gives it `count` of `known - issued`. Running requests are served first, in
 arrival order, each with 1 token or its next chunk; then waiting ones, within `max_step_tokens` per step and `max_seqs`
 slots. A waiting request starts at its longest cached prefix, rounded down so that at least one token outside any shared
-page is left to run; one whose logits are wanted starts at 0. When pages run out the newest running request is
-preempted: its pages are released (their hashes stay findable), `issued` and `computed` become 0, it returns to the head
-of the queue. A resumed request prefills its prompt and replays its produced tokens as single-query rows. A request is
-sampled only by the step that brings `issued` up to `known`. A step with a row marked `sync` is committed before the
-next one is planned. `plan()` changes the queue, reservations and `issued`; `commit()` alone advances `computed`,
-appends tokens, hashes pages, and truncates what was issued past an end.
+page is left to run; one whose logits are wanted starts at 0; one with a leader starts when that one's prompt is there
+to be shared. When pages run out the newest running request is preempted: its pages are released (their hashes stay
+findable), `issued` and `computed` become 0, it returns to the head of the queue. A resumed request prefills its prompt
+and replays its produced tokens as single-query rows. A request is sampled only by the step that brings `issued` up to
+`known`. A step with a row marked `sync` is committed before the next one is planned. `plan()` changes the queue,
+reservations and `issued`; `commit()` alone advances `computed`, appends tokens, hashes pages, and truncates what was
+issued past an end.
 """
 
 from collections import deque
@@ -17,7 +18,18 @@ from dataclasses import dataclass, replace
 
 from omniserve.base.config import Limits
 from omniserve.base.errors import CapacityError, RequestError
-from omniserve.base.types import Admission, FinishReason, Output, Request, Step, StepResult, Usage, Work
+from omniserve.base.types import (
+    PAGE,
+    Admission,
+    FinishReason,
+    Output,
+    Request,
+    Step,
+    StepResult,
+    TokenLogprobs,
+    Usage,
+    Work,
+)
 from omniserve.cache.manager import CacheManager
 
 
@@ -95,7 +107,7 @@ class Scheduler:
             )
         request.limit = limit
         if request.sampling.seed is None:
-            request.sampling = replace(request.sampling, seed=_mix(self._seed, self._added))
+            request.sampling = replace(request.sampling, seed=mixed(self._seed, self._added))
         self._added += 1
         self._unfinished[request.id] = request
         self._waiting.append(request)
@@ -131,7 +143,7 @@ class Scheduler:
 
         while self._waiting and self._slots and budget:
             request = self._waiting[0]
-            admission = None if request.flights else self._start(request)
+            admission = None if request.flights or self._behind(request) else self._start(request)
             if admission is None:
                 break
             count = self._due(request, budget)
@@ -145,6 +157,13 @@ class Scheduler:
         step = Step(works=tuple(works), moves=self._cache.moves(), tokens=self._limits.max_step_tokens - budget)
         self._flying.append((step, tuple(served)))
         return step
+
+    def _behind(self, request: Request) -> bool:
+        """True while the pages that a request could share with its leader are not computed yet."""
+        leader = request.leader
+        if leader is None or leader.finished or not self._cache.prefix_caching:
+            return False
+        return leader.computed < (request.prompt - 1) // PAGE * PAGE
 
     def _due(self, request: Request, budget: int) -> int:
         """Tokens that the next step can give a request. The last token of its limit is never fed back."""
@@ -182,10 +201,7 @@ class Scheduler:
             if self._cache.prefix_caching and request.reduce is None:
                 self.stats.prefix_queries += len(request.tokens)
                 self.stats.prefix_hits += found
-        assert request.sampling.seed is not None, request
-        return Admission(
-            sampling=request.sampling, seed=request.sampling.seed, prompt=request.prompt, reduce=request.reduce
-        )
+        return _admission(request)
 
     def _issue(self, request: Request, count: int, admission: Admission | None) -> Work:
         """Hand a request's next tokens, whose pages are reserved, to the step being planned."""
@@ -231,13 +247,15 @@ class Scheduler:
                 assert request.computed == work.start, request
                 request.computed += work.count
                 self._cache.commit(request)
+            request.prompt_logprobs += result.prompt_logprobs.get(work.request, ())
             drawn = (result.tokens[work.request],) if work.draws else ()
             request.tokens += drawn
+            logprobs = (result.logprobs[work.request],) if drawn and work.request in result.logprobs else ()
             reason = self._end(request, work)
             if reason is not None:
                 self._finish(request, reason)
             if drawn or reason is not None:
-                outputs.append(_output(request, drawn))
+                outputs.append(_output(request, drawn, logprobs))
         return outputs
 
     def _end(self, request: Request, work: Work) -> FinishReason | None:
@@ -298,18 +316,40 @@ class Scheduler:
             assert request.slot is None and request.issued == 0 and not request.held, request
 
 
-def _output(request: Request, drawn: tuple[int, ...]) -> Output:
-    usage = Usage(prompt_tokens=request.prompt, completion_tokens=request.produced, cached_tokens=request.cached)
-    return Output(request=request.id, new_tokens=drawn, finish=request.finish, usage=usage)
+def _admission(request: Request) -> Admission:
+    sampling = request.sampling
+    assert sampling.seed is not None, request
+    looked_up = sampling.penalizes or request.bad_words or request.reduce == "logprobs"
+    return Admission(
+        sampling=sampling,
+        seed=sampling.seed,
+        prompt=request.prompt,
+        reduce=request.reduce,
+        history=tuple(request.tokens) if looked_up else (),
+        stop_ids=tuple(sorted(request.stop_ids)) if sampling.min_tokens else (),
+        bad_words=request.bad_words,
+    )
 
 
-def _mix(seed: int, number: int) -> int:
-    """The seed, 63 bits, of the request with this number.
+def _output(request: Request, drawn: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...] = ()) -> Output:
+    first = request.produced == len(drawn)
+    return Output(
+        request=request.id,
+        new_tokens=drawn,
+        finish=request.finish,
+        usage=Usage(prompt_tokens=request.prompt, completion_tokens=request.produced, cached_tokens=request.cached),
+        logprobs=logprobs,
+        prompt_logprobs=tuple(request.prompt_logprobs) if first and request.reduce == "logprobs" else None,
+    )
+
+
+def mixed(seed: int, number: int) -> int:
+    """Return the seed, 63 bits, of the request with this number.
 
     Source: SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
     """
     mask = 2**64 - 1
-    mixed = (seed + (number + 1) * 0x9E3779B97F4A7C15) & mask
-    mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & mask
-    mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & mask
-    return (mixed ^ mixed >> 31) >> 1
+    z = (seed + (number + 1) * 0x9E3779B97F4A7C15) & mask
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
+    return (z ^ z >> 31) >> 1

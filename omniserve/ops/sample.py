@@ -1,87 +1,449 @@
 """From logits to token ids, on the device, each row by its own request's parameters.
 
 Randomness is counter-based: a draw depends on (seed, position) alone, so a request draws the same tokens alone, in any
-batch, and again after a preemption.
+batch, and again after a preemption. What a request counts (penalties) or remembers (bad words) lies on the device by
+slot: it is built from the known tokens when the request takes the slot and brought up to date by every draw, so no draw
+waits for the host. Which rows ask for what is known to the host: what no row asks for is not computed.
 """
 
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from omniserve.base.types import SamplingParams
+from omniserve.base.types import Admission
 from omniserve.ops.dispatch import operation
 
+PROMPT = 1 << 30
+"""Bit of a token's count that says: it occurs in the prompt. The bits below count how often it was produced."""
+NARROW = 64
+"""Rows with a top_k of at most this look at so many of their likeliest tokens only."""
+_NONE = -1
+"""Fills tables beyond a row's own entries; no token has this id."""
 
-@dataclass(frozen=True, slots=True)
-class SampleRows:
-    """Parameters of S rows: temperature, top_p, min_p fp32 [S]; top_k, seed, position int64 [S].
 
-    position  index of the token that is drawn, in its sequence
-    greedy    no row has a temperature above 0 (known to the host: nothing else is computed)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bias:
+    """Rows whose logits are shifted. rows, slots int64 [s]; table fp32 [slots, V], added; -inf forbids."""
+
+    rows: Tensor
+    slots: Tensor
+    table: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Muted:
+    """Rows that must not end yet. rows int64 [s]; ids int64 [s, E]: forbidden; an id may come twice."""
+
+    rows: Tensor
+    ids: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BadWords:
+    """Rows with sequences that are not produced, each `beginning, last token`, flush right.
+
+    rows, slots int64 [s]; words int64 [s, B, W + 1], -1 before a sequence; recent int64 [s, W]: produced last, -1
+    before the first
     """
 
-    temperature: Tensor
-    top_p: Tensor
-    min_p: Tensor
-    top_k: Tensor
+    rows: Tensor
+    slots: Tensor
+    words: Tensor
+    recent: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Penalties:
+    """Rows whose tokens are counted. rows, slots int64 [s]; counts int32 [slots, V]; the penalties fp64 [s].
+
+    counts  how often a token was produced, plus `PROMPT` if it occurs in the prompt
+    """
+
+    rows: Tensor
+    slots: Tensor
+    counts: Tensor
+    repetition: Tensor
+    presence: Tensor
+    frequency: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chance:
+    """Rows that draw at random. rows, seed, position, top_k int64 [s]; temperature, top_p, min_p fp64 [s].
+
+    position  index of the token that is drawn, in its sequence
+    """
+
+    rows: Tensor
     seed: Tensor
     position: Tensor
-    greedy: bool
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRows:
+    """What S rows ask for, each part with the rows that do; a row that is in none of the last three is greedy.
+
+    whole     rows that draw from the whole distribution
+    narrow    rows with a small top_k, whatever else they have; filtered: other rows with a top_k, top_p or min_p
+    """
+
+    bias: Bias | None = None
+    muted: Muted | None = None
+    bad_words: BadWords | None = None
+    penalties: Penalties | None = None
+    whole: Chance | None = None
+    narrow: Chance | None = None
+    filtered: Chance | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logprobs:
+    """logprob [S]; rank int64 [S]; top_ids int64 [S, count], top_logprobs [S, count]: the likeliest, in order."""
+
+    logprob: Tensor
+    rank: Tensor
+    top_ids: Tensor
+    top_logprobs: Tensor
 
 
 class SampleState:
-    """Sampling parameters of every request slot. Mutable: a slot is set when a request takes it."""
+    """Sampling parameters, counts and last tokens of every request slot. Mutable.
 
-    def __init__(self, slots: int, device: torch.device) -> None:
-        self._floats = torch.zeros(slots, 3, device=device)
+    A slot is set when a request takes it, and noted after every draw. Tables of [slots, V] are made when the first
+    request needs them and stay.
+    """
+
+    def __init__(self, slots: int, vocab: int, device: torch.device) -> None:
+        self._slots, self._vocab, self._device = slots, vocab, device
+        self._floats = torch.zeros(slots, 6, dtype=torch.float64, device=device)
         self._wholes = torch.zeros(slots, 2, dtype=torch.int64, device=device)
-        self._random = [False] * slots
+        self._bias: Tensor | None = None
+        self._counts: Tensor | None = None
+        self._stops = self._table(0)
+        self._words = self._table(0, 1)
+        self._recent = self._table(0)
+        # What the host knows: which slots ask for what, and for anything; where a request may end at the earliest.
+        self._biased: set[int] = set()
+        self._muted: set[int] = set()
+        self._worded: set[int] = set()
+        self._penalized: set[int] = set()
+        self._whole: set[int] = set()
+        self._narrow: set[int] = set()
+        self._filtered: set[int] = set()
+        self._busy: set[int] = set()
+        self._earliest_end = [0] * slots
 
-    def set(self, slot: int, sampling: SamplingParams, seed: int) -> None:
-        """Give a slot its request's parameters."""
-        self._random[slot] = sampling.temperature > 0
-        self._floats[slot] = torch.tensor([sampling.temperature, sampling.top_p, sampling.min_p])
-        self._wholes[slot] = torch.tensor([max(sampling.top_k, 0), seed])
+    def set(self, slot: int, admission: Admission) -> None:
+        """Give a slot its request's parameters and history."""
+        chances = (self._whole, self._narrow, self._filtered)
+        asking = (self._biased, self._muted, self._worded, self._penalized, *chances)
+        for those in (*asking, self._busy):
+            those.discard(slot)
+        sampling = admission.sampling
+        if not sampling.greedy:
+            top_k = max(sampling.top_k, 0)
+            filters = top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+            (self._narrow if 0 < top_k <= NARROW else self._filtered if filters else self._whole).add(slot)
+            self._wholes[slot] = self._ids([top_k, admission.seed])
+        if sampling.penalizes:
+            self._penalized.add(slot)
+            self._count(slot, admission)
+        if sampling.penalizes or not sampling.greedy:
+            numbers = (
+                sampling.temperature, sampling.top_p, sampling.min_p,
+                sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty,
+            )  # fmt: skip
+            self._floats[slot] = self._numbers(numbers, torch.float64)
+        if sampling.logit_bias or sampling.allowed_token_ids is not None:
+            self._biased.add(slot)
+            self._weigh(slot, admission)
+        if sampling.min_tokens and admission.stop_ids:
+            self._muted.add(slot)
+            self._earliest_end[slot] = admission.prompt + sampling.min_tokens
+            self._mute(slot, admission)
+        if admission.bad_words:
+            self._worded.add(slot)
+            self._forbid(slot, admission)
+        if any(slot in those for those in asking):
+            self._busy.add(slot)
 
-    def rows(self, slots: list[int], positions: Tensor) -> SampleRows:
-        """Return the parameters of the rows that draw; positions int64 [S]."""
-        index = torch.tensor(slots, dtype=torch.int64, device=positions.device)
-        floats, wholes = self._floats[index], self._wholes[index]
-        greedy = not any(self._random[slot] for slot in slots)
-        return SampleRows(floats[:, 0], floats[:, 1], floats[:, 2], wholes[:, 0], wholes[:, 1], positions, greedy)
+    def rows(self, slots: Sequence[int], positions: Sequence[int]) -> SampleRows:
+        """Return what S rows ask for; a row's position is the index of the token that is drawn."""
+        if self._busy.isdisjoint(slots):
+            return SampleRows()
+        return SampleRows(
+            bias=self._bias_rows(slots),
+            muted=self._muted_rows(slots, positions),
+            bad_words=self._word_rows(slots),
+            penalties=self._penalty_rows(slots),
+            whole=self._chance(self._whole, slots, positions),
+            narrow=self._chance(self._narrow, slots, positions),
+            filtered=self._chance(self._filtered, slots, positions),
+        )
+
+    def note(self, rows: SampleRows, tokens: Tensor) -> None:
+        """Take in what the rows have drawn, int64 [S]."""
+        if rows.penalties is not None:
+            where = rows.penalties.slots, tokens[rows.penalties.rows]
+            rows.penalties.counts[where] += 1  # slots differ, so no place comes twice
+        if rows.bad_words is not None and self._recent.shape[1]:
+            latest = torch.cat([rows.bad_words.recent[:, 1:], tokens[rows.bad_words.rows, None]], 1)
+            self._recent[rows.bad_words.slots] = latest
+
+    # What a slot asks for, written when it is taken
+
+    def _count(self, slot: int, admission: Admission) -> None:
+        if self._counts is None:
+            self._counts = torch.zeros(self._slots, self._vocab, dtype=torch.int32, device=self._device)
+        counts = self._counts[slot]
+        counts.zero_()
+        assert len(admission.history) >= admission.prompt, admission
+        prompt, produced = admission.history[: admission.prompt], admission.history[admission.prompt :]
+        counts[self._ids(prompt)] = PROMPT
+        ones = torch.ones(len(produced), dtype=torch.int32, device=self._device)
+        counts.index_add_(0, self._ids(produced), ones)
+
+    def _weigh(self, slot: int, admission: Admission) -> None:
+        if self._bias is None:
+            self._bias = torch.zeros(self._slots, self._vocab, device=self._device)
+        bias, allowed = self._bias[slot], admission.sampling.allowed_token_ids
+        bias.fill_(0.0 if allowed is None else -torch.inf)
+        if allowed is not None:
+            bias[self._ids(allowed)] = 0.0
+        if admission.sampling.logit_bias:
+            ids, values = zip(*admission.sampling.logit_bias.items(), strict=True)
+            bias[self._ids(ids)] += self._numbers(values, torch.float32)
+
+    def _mute(self, slot: int, admission: Admission) -> None:
+        ids = admission.stop_ids
+        if len(ids) > self._stops.shape[1]:
+            before, self._stops = self._stops, self._table(len(ids))
+            self._stops[:, : before.shape[1]] = before
+        self._stops[slot] = self._ids([*ids, *[_NONE] * (self._stops.shape[1] - len(ids))])
+
+    def _forbid(self, slot: int, admission: Admission) -> None:
+        words = admission.bad_words
+        _, most, width = self._words.shape
+        if len(words) > most or max(map(len, words)) > width:
+            before, recent = self._words, self._recent
+            self._words = self._table(max(most, len(words)), max(width, *map(len, words)))
+            self._words[:, :most, -width:] = before
+            _, most, width = self._words.shape
+            self._recent = self._table(width - 1)
+            self._recent[:, width - 1 - recent.shape[1] :] = recent
+        padded = [[_NONE] * (width - len(word)) + list(word) for word in words]
+        self._words[slot] = self._ids(padded + [[_NONE] * width] * (most - len(words)))
+        produced = [_NONE] * (width - 1) + list(admission.history[admission.prompt :])
+        self._recent[slot] = self._ids(produced[len(produced) - (width - 1) :])
+
+    # The parts of a step's rows
+
+    def _bias_rows(self, slots: Sequence[int]) -> Bias | None:
+        rows = _among(slots, self._biased)
+        if not rows or self._bias is None:
+            return None
+        return Bias(rows=self._ids(rows), slots=self._ids([slots[row] for row in rows]), table=self._bias)
+
+    def _muted_rows(self, slots: Sequence[int], positions: Sequence[int]) -> Muted | None:
+        rows = [row for row in _among(slots, self._muted) if positions[row] < self._earliest_end[slots[row]]]
+        if not rows:
+            return None
+        ids = self._stops[self._ids([slots[row] for row in rows])]
+        return Muted(rows=self._ids(rows), ids=torch.where(ids == _NONE, ids[:, :1], ids))
+
+    def _word_rows(self, slots: Sequence[int]) -> BadWords | None:
+        rows = _among(slots, self._worded)
+        if not rows:
+            return None
+        where = self._ids([slots[row] for row in rows])
+        return BadWords(rows=self._ids(rows), slots=where, words=self._words[where], recent=self._recent[where])
+
+    def _penalty_rows(self, slots: Sequence[int]) -> Penalties | None:
+        rows = _among(slots, self._penalized)
+        if not rows or self._counts is None:
+            return None
+        where = self._ids([slots[row] for row in rows])
+        _, _, _, repetition, presence, frequency = self._floats[where].unbind(1)
+        return Penalties(
+            rows=self._ids(rows),
+            slots=where,
+            counts=self._counts,
+            repetition=repetition,
+            presence=presence,
+            frequency=frequency,
+        )
+
+    def _chance(self, those: Set[int], slots: Sequence[int], positions: Sequence[int]) -> Chance | None:
+        rows = _among(slots, those)
+        if not rows:
+            return None
+        numbers = self._ids([rows, [slots[row] for row in rows], [positions[row] for row in rows]])
+        temperature, top_p, min_p, *_ = self._floats[numbers[1]].unbind(1)
+        top_k, seed = self._wholes[numbers[1]].unbind(1)
+        return Chance(
+            rows=numbers[0],
+            seed=seed,
+            position=numbers[2],
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+        )
+
+    def _ids(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        return self._numbers(values, torch.int64)
+
+    def _numbers(self, values: Sequence[float] | Sequence[Sequence[int]], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(self._device, non_blocking=True)
+
+    def _table(self, *shape: int) -> Tensor:
+        return torch.full((self._slots, *shape), _NONE, dtype=torch.int64, device=self._device)
+
+
+def _among(slots: Sequence[int], those: Set[int]) -> list[int]:
+    """Rows whose slot is among those."""
+    return [row for row, slot in enumerate(slots) if slot in those] if those else []
 
 
 @operation
 def sample(logits: Tensor, rows: SampleRows) -> Tensor:
     """Return one token id per row, int64 [S]; logits [S, V].
 
-    Greedy rows (temperature 0) take the largest logit, the smallest id among equals. The others: softmax at the
-    temperature; tokens below min_p times the largest probability go; then all but the top_k; then the tail beyond
-    top_p of what is left (the first token that crosses it stays); then the inverse of the cumulative distribution at
-    u(seed, position). Ties are ordered by token id.
+    Each row goes through what it asks for, in vLLM's order: logit_bias and allowed_token_ids; min_tokens (what would
+    end the request is forbidden); bad_words (of a row that they would leave nothing they forbid nothing); repetition,
+    frequency and presence penalties. A greedy row then takes the largest logit, the smallest id among equals. The
+    others: softmax at the temperature; tokens below min_p times the largest probability go; then all but the top_k,
+    ties by token id; then the tail beyond top_p of what is left (the first token that crosses it stays); then the
+    inverse of the cumulative distribution at u(seed, position).
     """
-    greedy = logits.argmax(-1)  # the first among equals
-    if rows.greedy:
-        return greedy
-    exact = logits if logits.dtype == torch.float64 else logits.float()
-    hot = rows.temperature > 0
-    scaled = exact / torch.where(hot, rows.temperature, 1.0)[:, None].to(exact.dtype)
-    ordered, tokens = torch.sort(scaled, dim=-1, descending=True, stable=True)
-    probability = torch.softmax(ordered, -1)
-    kept = probability >= rows.min_p[:, None] * probability[:, :1]
-    rank = torch.arange(logits.shape[1], device=logits.device)
-    kept &= (rank < rows.top_k[:, None]) | (rows.top_k[:, None] == 0)
-    probability = probability * kept
-    probability = probability / probability.sum(-1, keepdim=True)
+    adjusted = adjust(logits, rows)
+    tokens = adjusted.argmax(-1)  # the first among equals
+    if rows.whole is not None:
+        tokens[rows.whole.rows] = _draw(adjusted[rows.whole.rows], rows.whole)
+    if rows.narrow is not None:
+        tokens[rows.narrow.rows] = _draw_among(adjusted[rows.narrow.rows], rows.narrow, NARROW)
+    if rows.filtered is not None:
+        tokens[rows.filtered.rows] = _draw_among(adjusted[rows.filtered.rows], rows.filtered, logits.shape[1])
+    return tokens
+
+
+def adjust(logits: Tensor, rows: SampleRows) -> Tensor:
+    """Return the logits after biases, bans and penalties, -inf for what is forbidden; `logits` if no row asks for any.
+
+    Source of the penalties: CTRL (arXiv 1909.05858) section 4.1 with the sign of transformers' and vLLM's
+    implementations for repetition; the API reference of OpenAI for presence and frequency.
+    """
+    if rows.bias is None and rows.muted is None and rows.bad_words is None and rows.penalties is None:
+        return logits
+    x = logits.to(_exact(logits), copy=True)
+    if rows.bias is not None:
+        x[rows.bias.rows] += rows.bias.table[rows.bias.slots].to(x.dtype)
+    if rows.muted is not None:
+        x[rows.muted.rows] = x[rows.muted.rows].scatter(1, rows.muted.ids, -torch.inf)
+    if rows.bad_words is not None:
+        x[rows.bad_words.rows] = _without(x[rows.bad_words.rows], rows.bad_words)
+    if rows.penalties is not None:
+        x[rows.penalties.rows] = _penalized(x[rows.penalties.rows], rows.penalties)
+    return x
+
+
+def _without(x: Tensor, bad: BadWords) -> Tensor:
+    begin, last = bad.words[:, :, :-1], bad.words[:, :, -1]
+    met = ((begin == bad.recent[:, None]) | (begin == _NONE)).all(-1) & (last != _NONE)
+    forbidden = torch.where(met, -torch.inf, 0.0).to(x.dtype)
+    without = x.scatter_add(1, last.clamp(min=0), forbidden)  # a scatter of sums: words may share their last token
+    return torch.where((without == -torch.inf).all(1, keepdim=True), x, without)
+
+
+def _penalized(x: Tensor, penalties: Penalties) -> Tensor:
+    counts = penalties.counts[penalties.slots]
+    seen = (counts > 0).to(x.dtype)
+    repetition = seen * penalties.repetition[:, None].to(x.dtype) + (1 - seen)
+    # Of the two summands one is 0; torch.where is slower on a CPU.
+    x = x.clamp(min=0) / repetition + x.clamp(max=0) * repetition
+    times = counts & (PROMPT - 1)
+    x -= penalties.frequency[:, None].to(x.dtype) * times
+    x -= penalties.presence[:, None].to(x.dtype) * (times > 0)
+    return x
+
+
+def _exact(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _heat(x: Tensor, largest: Tensor, chance: Chance) -> Tensor:
+    """Logits over temperature, 0 for the largest: no temperature overflows them."""
+    return (x - largest) / chance.temperature[:, None].to(x.dtype)
+
+
+def _draw(logits: Tensor, chance: Chance) -> Tensor:
+    x = logits.to(_exact(logits))
+    return _choose(torch.softmax(_heat(x, x.amax(-1, keepdim=True), chance), -1), chance)
+
+
+def _draw_among(logits: Tensor, chance: Chance, width: int) -> Tensor:
+    """Draw from the `width` likeliest tokens, filtered. The width is no matter of the other rows: sums depend on it."""
+    x = logits.to(_exact(logits))
+    tokens = _largest(x, min(width, x.shape[1]))
+    ordered = x.gather(1, tokens)
+    weight = torch.exp(_heat(ordered, ordered[:, :1], chance))  # 1 for the likeliest
+    rank = torch.arange(weight.shape[1], device=x.device)
+    kept = weight >= chance.min_p[:, None].to(x.dtype)
+    kept &= (rank < chance.top_k[:, None]) | (chance.top_k[:, None] == 0)
+    weight = weight * kept
+    probability = weight / weight.sum(-1, keepdim=True)
     before = probability.cumsum(-1) - probability
-    probability = probability * (before < rows.top_p[:, None])
-    cumulative = probability.cumsum(-1)
-    target = uniform(rows.seed, rows.position).to(exact.dtype)[:, None] * cumulative[:, -1:]
-    choice = torch.searchsorted(cumulative, target, right=True).clamp_(max=logits.shape[1] - 1)
-    choice = torch.minimum(choice, (probability > 0).sum(-1, keepdim=True) - 1)
-    drawn = tokens.gather(1, choice)[:, 0]
-    return torch.where(hot, drawn, greedy)
+    probability = probability * (before < chance.top_p[:, None].to(x.dtype))
+    return tokens.gather(1, _choose(probability, chance)[:, None])[:, 0]
+
+
+def _choose(probability: Tensor, chance: Chance) -> Tensor:
+    """Return the index at which the cumulative distribution passes u(seed, position); never one of probability 0."""
+    cumulative = probability.cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:].contiguous()
+    target = torch.minimum(uniform(chance.seed, chance.position)[:, None] * total, torch.nextafter(total, total * 0))
+    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+
+
+@operation
+def logprobs(logits: Tensor, tokens: Tensor, count: int) -> Logprobs:
+    """Return the log-softmax of the logits [S, V] at the tokens int64 [S], their ranks, and the `count` likeliest.
+
+    Rank 1 is the likeliest; among equals the smaller id comes first, so that a list does not depend on its length.
+    """
+    x = logits.to(_exact(logits))
+    norm = torch.logsumexp(x, -1, keepdim=True)
+    chosen = x.gather(1, tokens[:, None])
+    ids = torch.arange(x.shape[1], device=x.device)
+    ahead = (x > chosen) | ((x == chosen) & (ids < tokens[:, None]))
+    top = _largest(x, min(count, x.shape[1]))
+    return Logprobs(
+        logprob=(chosen - norm)[:, 0],
+        rank=1 + ahead.sum(-1),
+        top_ids=top,
+        top_logprobs=x.gather(1, top) - norm,
+    )
+
+
+def _largest(x: Tensor, count: int) -> Tensor:
+    """Ids of the largest entries, int64 [S, count], in order, the smaller id first among equals.
+
+    torch.topk promises no order of equals; the key of an fp32 number, a whole number that grows with it, leaves room
+    for the id beside it.
+    """
+    if x.dtype == torch.float64 or count == x.shape[1]:
+        return torch.sort(x, dim=-1, descending=True, stable=True).indices[:, :count]
+    bits = (x + 0.0).view(torch.int32)  # a copy; -0.0 becomes 0.0
+    bits ^= (bits >> 31) & 0x7FFFFFFF  # of negative numbers the larger has the smaller bits
+    behind = torch.arange(x.shape[1] - 1, -1, -1, device=x.device)
+    keys = torch.topk(bits.long().mul_(2**32).add_(behind), count).values
+    return x.shape[1] - 1 - (keys & 0xFFFFFFFF)
 
 
 def uniform(seed: Tensor, position: Tensor) -> Tensor:

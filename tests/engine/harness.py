@@ -2,15 +2,16 @@
 
 import functools
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
 from omniserve.base.config import CacheLimits, DtypeName, EngineConfig, Limits, Precision
 from omniserve.base.spec import Device, ModelSpec
-from omniserve.base.types import PAGE, Request, SamplingParams
+from omniserve.base.types import PAGE, Output, Request, SamplingParams, TokenLogprobs
 from omniserve.engine.build import TORCH, make_engine
 from omniserve.engine.engine import Engine
 from omniserve.engine.runner import Runner
@@ -37,17 +38,20 @@ class Shape:
     step: int = 512
     prefix: bool = True
     overlap: bool = False
+    backend: Literal["auto", "reference"] = "auto"
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One request."""
+    """One request; `more` are further sampling parameters, `bad` what bad words are in tokens."""
 
     prompt: tuple[int, ...]
     tokens: int = 12
     temperature: float = 0.0
     seed: int = 0
     stop: tuple[int, ...] = ()
+    bad: tuple[tuple[int, ...], ...] = ()
+    more: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Loaded:
             precision=self.precision,
             dtype=self.dtype,
             device=Device(kind="cpu", memory_bytes=0),
-            backend="auto",
+            backend=shape.backend,
             limits=Limits(max_model_len=CONTEXT, max_seqs=shape.seqs, max_step_tokens=shape.step),
             cache=CacheLimits(memory_bytes=shape.pages * per_page, prefix_caching=shape.prefix),
             overlap=shape.overlap,
@@ -105,29 +109,43 @@ def load(word: str, group: int = 128, *, static: bool = False, dtype: DtypeName 
 
 
 def request(name: str, ask: Ask) -> Request:
-    sampling = SamplingParams(temperature=ask.temperature, seed=ask.seed, max_tokens=ask.tokens)
+    sampling = SamplingParams(temperature=ask.temperature, seed=ask.seed, max_tokens=ask.tokens, **ask.more)
     return Request(
         id=name,
         tokens=list(ask.prompt),
         prompt=len(ask.prompt),
         sampling=sampling,
         stop_ids=frozenset(ask.stop),
+        bad_words=ask.bad,
         limit=ask.tokens,
+        reduce=None if sampling.prompt_logprobs is None else "logprobs",
     )
 
 
-def serve(engine: Engine, asks: Sequence[Ask]) -> list[tuple[int, ...]]:
-    """Submit all at once and return what each request produced."""
-    produced: dict[str, tuple[int, ...]] = {str(n): () for n in range(len(asks))}
+def outputs(engine: Engine, asks: Sequence[Ask]) -> list[list[Output]]:
+    """Submit all at once and return what came for each request."""
+    found: dict[str, list[Output]] = {str(n): [] for n in range(len(asks))}
     for number, ask in enumerate(asks):
         engine.add(request(str(number), ask))
     steps = 0
     while engine.has_work:
         for output in engine.step():
-            produced[output.request] += output.new_tokens
+            found[output.request].append(output)
         steps += 1
         assert steps < 10_000, "the engine makes no progress"
-    return list(produced.values())
+    return list(found.values())
+
+
+def serve(engine: Engine, asks: Sequence[Ask]) -> list[tuple[int, ...]]:
+    """Submit all at once and return what each request produced."""
+    return [tuple(token for one in each for token in one.new_tokens) for each in outputs(engine, asks)]
+
+
+def listed(each: Sequence[Output]) -> tuple[list[TokenLogprobs], list[TokenLogprobs] | None]:
+    """The log-probabilities of a request's tokens, and of its prompt's."""
+    prompts = [one.prompt_logprobs for one in each if one.prompt_logprobs is not None]
+    assert len(prompts) <= 1
+    return [entry for one in each for entry in one.logprobs], list(prompts[0]) if prompts else None
 
 
 def tokens(model: Loaded, shape: Shape, asks: Sequence[Ask]) -> list[tuple[int, ...]]:

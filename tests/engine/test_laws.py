@@ -1,11 +1,15 @@
 """The laws, in float64, token for token: how requests are cut, mixed, resumed or cached never changes a token."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from omniserve.base.types import Request, SamplingParams
+from omniserve.ops.dispatch import TABLE
 from tests.engine.harness import Ask, Loaded, Shape, alone, load, serve, tokens
 
 MODELS = {
@@ -34,12 +38,35 @@ def token_lists(shortest: int = 1, longest: int = 200) -> st.SearchStrategy[tupl
     return st.builds(build, st.integers(shortest, longest), st.integers(0, 50))
 
 
+ids = st.integers(0, 210)
+
+
+def optional(**choices: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """Any of these parameters, each often left out."""
+    return st.fixed_dictionaries({}, optional=choices)
+
+
+everything = optional(
+    top_p=st.sampled_from([0.3, 0.9]),
+    top_k=st.sampled_from([2, 40]),
+    min_p=st.sampled_from([0.01, 0.2]),
+    repetition_penalty=st.sampled_from([0.5, 1.3, 2.0]),
+    presence_penalty=st.sampled_from([-2.0, 1.5]),
+    frequency_penalty=st.sampled_from([-1.0, 0.7]),
+    logit_bias=st.dictionaries(ids, st.sampled_from([-100.0, 2.0, 20.0]), max_size=5),
+    allowed_token_ids=st.lists(ids, min_size=2, max_size=12).map(tuple),
+    min_tokens=st.just(1),
+)
+"""Sampling parameters that change which token is drawn; their own tests are in test_sampling.py."""
 asks = st.builds(
     Ask,
     prompt=token_lists(),
     tokens=st.integers(1, 14),
     temperature=st.sampled_from([0.0, 0.0, 1.0]),
     seed=st.integers(0, 1000),
+    stop=st.lists(ids, max_size=2).map(tuple),
+    bad=st.lists(st.lists(ids, min_size=1, max_size=3).map(tuple), max_size=3).map(tuple),
+    more=st.one_of(st.just({}), everything),
 )
 
 
@@ -84,7 +111,7 @@ def test_preempted_equals_undisturbed(model: Loaded, batch: list[Ask], pages: in
 @given(batch=st.lists(asks, min_size=1, max_size=6), pages=st.integers(4, 64), data=st.data())
 def test_overlap_on_equals_off(model: Loaded, batch: list[Ask], pages: int, data: st.DataObject) -> None:
     stop = tuple(data.draw(st.lists(st.integers(0, 210), max_size=20)))
-    batch = [Ask(a.prompt, a.tokens, a.temperature, a.seed, stop) for a in batch]
+    batch = [replace(ask, stop=stop) for ask in batch]
     off = tokens(model, Shape(pages=pages, overlap=False), batch)
     assert tokens(model, Shape(pages=pages, overlap=True), batch) == off == alone(model, batch)
 
@@ -145,3 +172,18 @@ def test_greedy_tokens_are_the_argmax_of_the_scores() -> None:
     produced = tokens(model, Shape(), [Ask(prompt, tokens=10)])[0]
     scores = logits_of(model, prompt + produced, Shape())
     assert scores[len(prompt) - 1 : -1].argmax(-1).tolist() == list(produced)
+
+
+def test_backend_reference_runs_references_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And gives the tokens of the implementations it replaces."""
+    model = load("w8a8kv8")
+    wanted = tokens(model, Shape(), [Ask((5, 6, 7), tokens=4)])
+
+    def forbidden(*args: object) -> None:
+        raise AssertionError("an implementation ran under --backend reference")
+
+    for op in TABLE.values():
+        monkeypatch.setattr(op, "_chosen", {"cpu": forbidden})
+    with pytest.raises(AssertionError, match="an implementation ran"):
+        tokens(model, Shape(), [Ask((5, 6, 7), tokens=4)])
+    assert tokens(model, Shape(backend="reference"), [Ask((5, 6, 7), tokens=4)]) == wanted

@@ -4,9 +4,12 @@ import pytest
 
 from omniserve.base.config import (
     PRECISIONS,
+    SHAPES,
     Options,
     Precision,
+    check_model,
     choose_precision,
+    environment,
     options_from,
     options_from_environment,
     resolve,
@@ -63,6 +66,10 @@ def test_a_group_size_that_does_not_exist_is_refused() -> None:
         ({"dtype": "float8"}, "dtype='float8': must be one of auto, float32"),
         ({"enable_prefix_caching": 1}, "enable_prefix_caching=1: must be bool"),
         ({"group_size": 64}, "group_size=64: must be one of -1, 128"),
+        ({"load_format": "dumy"}, r"must be one of auto, safetensors, gguf, dummy \(did you mean dummy\?\)"),
+        ({"shape": "llama3-8b"}, r"shape='llama3-8b': must be one of tiny.*\(did you mean llama-3-8b\?\)"),
+        ({"offline": "yes"}, "offline='yes': must be bool"),
+        ({"revision": 3}, "revision=3: must be str or nothing"),
     ],
 )
 def test_wrong_keywords_are_refused(values: dict[str, object], message: str) -> None:
@@ -75,6 +82,41 @@ def test_environment_fills_options(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMNISERVE_ENABLE_PREFIX_CACHING", "false")
     options = options_from_environment()
     assert (options.max_model_len, options.enable_prefix_caching) == (256, False)
+
+
+def test_what_the_environment_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables that tell the tests where things are set nothing."""
+    monkeypatch.setenv("OMNISERVE_TEST_MODELS", "/models")
+    monkeypatch.setenv("OMNISERVE_SEED", "0")
+    monkeypatch.setenv("OMNISERVE_DOWNLOAD_DIR", "/models")
+    assert environment() == {"seed": 0, "download_dir": "/models"}
+
+
+@pytest.mark.parametrize(
+    ("model", "values", "message"),
+    [
+        ("m", {"shape": "tiny"}, "shape=tiny: goes with load_format=dummy only"),
+        ("m", {"shape": "tiny", "load_format": "gguf"}, "shape=tiny: goes with load_format=dummy only"),
+        (None, {"shape": "tiny"}, "shape=tiny: goes with load_format=dummy only"),
+        (None, {"load_format": "dummy"}, "load_format=dummy: give the shape as well, one of tiny, llama-3-8b"),
+        ("m", {"load_format": "dummy"}, "load_format=dummy: give the shape as well"),
+        (
+            "m",
+            {"load_format": "dummy", "shape": "tiny"},
+            "load_format=dummy: takes shape=tiny instead of the model 'm'",
+        ),
+        (None, {}, "MODEL is missing: give a .gguf file, a model folder or a name on huggingface.co"),
+    ],
+)
+def test_a_model_or_a_shape(model: str | None, values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_model(model, options_from(values, origin="keyword"))
+
+
+def test_a_model_or_a_shape_is_enough() -> None:
+    check_model("m", options_from({"shape": None}, origin="keyword"))
+    for shape in SHAPES:
+        check_model(None, Options(load_format="dummy", shape=shape))
 
 
 @pytest.mark.parametrize(

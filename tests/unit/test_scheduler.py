@@ -5,7 +5,7 @@ import pytest
 
 from omniserve.base.config import Limits
 from omniserve.base.errors import CapacityError, RequestError
-from omniserve.base.types import Kind, Output, Request, SamplingParams, Step, StepResult
+from omniserve.base.types import Kind, Output, Request, SamplingParams, Step, StepResult, TokenLogprobs
 from omniserve.cache.manager import CacheManager
 from omniserve.cache.pool import PagePool
 from omniserve.engine.scheduler import Scheduler
@@ -395,6 +395,153 @@ def test_wanted_logits_and_a_draw_in_one_work() -> None:
     assert (step.works[0].logits, step.works[0].draws) == ("all", True)
     land(one, step)
     assert one.plan().works[0].logits == "last"
+
+
+# What sampling needs
+
+
+def test_an_admission_brings_the_history_that_is_looked_up() -> None:
+    kinds: list[tuple[dict[str, Any], dict[str, Any], bool]] = [
+        ({}, {}, False),
+        ({"top_p": 0.5, "min_tokens": 3, "logit_bias": {1: 1.0}}, {}, False),
+        ({"repetition_penalty": 1.1}, {}, True),
+        ({"presence_penalty": -1}, {}, True),
+        ({"frequency_penalty": 1}, {}, True),
+        ({}, {"bad_words": ((1, 2),)}, True),
+        ({"prompt_logprobs": 0}, {"reduce": "logprobs"}, True),
+    ]
+    for params, fields, wanted in kinds:
+        one = scheduler(pages=4, step=300)
+        a = request("a", 127, limit=40)
+        b = request("b", 126, limit=40, base=500, sampling=SamplingParams(max_tokens=None, **params), **fields)
+        add(one, a, b)
+        first = one.plan().works[1].admission
+        assert first is not None
+        assert first.history == (tuple(b.tokens) if wanted else ())
+        assert first.stop_ids == ((STOP,) if "min_tokens" in params else ())
+        assert first.bad_words == fields.get("bad_words", ())
+
+
+def test_a_resumed_request_brings_what_it_has_produced() -> None:
+    one = scheduler(pages=4, step=300)
+    penalized = SamplingParams(presence_penalty=1.0)
+    add(one, request("a", 127, limit=40), request("b", 126, limit=40, base=500, sampling=penalized))
+    run(one, 3)  # the third preempts b
+    one.abort("a")
+    admission = one.plan().works[0].admission
+    assert admission is not None
+    assert admission.history[126:] == (TOKEN, TOKEN)
+
+
+def entry(token: int) -> TokenLogprobs:
+    return TokenLogprobs(token=token, logprob=-1.0, rank=2)
+
+
+def test_logprobs_go_with_their_tokens() -> None:
+    one = scheduler()
+    add(one, request("a", 5), request("b", 6, base=500))
+    step = one.plan()
+    outputs = one.commit(step, StepResult(tokens={"a": 1, "b": 2}, logprobs={"b": entry(2)}))
+    assert [(output.new_tokens, output.logprobs) for output in outputs] == [((1,), ()), ((2,), (entry(2),))]
+    assert [output.prompt_logprobs for output in outputs] == [None, None]
+
+
+def scored(step: Step, requests: Sequence[Request]) -> StepResult:
+    """What a step brings when the built-in reducer is asked for."""
+    found = {}
+    for work, one in ((work, one) for work in step.works for one in requests if one.id == work.request):
+        if work.logits == "all":
+            targets = one.tokens[work.start + 1 : min(work.start + work.count + 1, one.prompt)]
+            found[one.id] = tuple(map(entry, targets))
+    return StepResult(tokens={work.request: TOKEN for work in step.works if work.draws}, prompt_logprobs=found)
+
+
+def test_prompt_logprobs_come_once_with_the_first_token() -> None:
+    one = scheduler(step=50)
+    a = request("a", 120, limit=3, reduce="logprobs", sampling=SamplingParams(prompt_logprobs=0))
+    add(one, a)
+    seen = []
+    while one.has_work:
+        step = one.plan()
+        seen += one.commit(step, scored(step, [a]))
+    assert [len(output.new_tokens) for output in seen] == [1, 1, 1]
+    assert seen[0].prompt_logprobs == tuple(map(entry, a.tokens[1:120]))
+    assert [output.prompt_logprobs for output in seen[1:]] == [None, None]
+
+
+def test_prompt_logprobs_of_a_preempted_request_are_asked_for_once() -> None:
+    one = scheduler(pages=5, step=150)
+    a, b = request("a", 127, limit=40), request("b", 190, base=500, reduce="logprobs")
+    add(one, a, b)
+    steps = [one.plan() for _ in range(3)]
+    assert [shares(step) for step in steps] == [
+        [("a", 0, 127), ("b", 0, 23)],
+        [("a", 127, 1), ("b", 23, 149)],
+        [("a", 128, 1)],
+    ]
+    assert b.preemptions == 1
+    for step in steps:
+        one.commit(step, scored(step, [b]))
+    one.abort("a")
+    seen, logits = [], []
+    while not b.produced:
+        step = one.plan()
+        logits += [(work.start, work.count, work.logits) for work in step.works]
+        seen += one.commit(step, scored(step, [b]))
+    assert logits == [(0, 150, "none"), (150, 22, "none"), (172, 18, "all")]
+    assert seen[0].prompt_logprobs == tuple(map(entry, b.tokens[1:190]))
+
+
+# Leaders
+
+
+def led(one: Scheduler, prompt: int) -> tuple[Request, Request]:
+    a = request("a", prompt)
+    b = request("b", prompt, leader=a)
+    add(one, a, b)
+    return a, b
+
+
+def test_a_request_waits_for_its_leaders_pages() -> None:
+    one = scheduler(step=100)
+    _, b = led(one, 150)
+    add(one, request("c", 5, base=900))
+    first, second = one.plan(), one.plan()
+    assert [shares(step) for step in (first, second)] == [[("a", 0, 100)], [("a", 100, 50)]]
+    land(one, first)
+    land(one, second)
+    assert shares(one.plan()) == [("a", 150, 1), ("b", 128, 22), ("c", 0, 5)]
+    assert b.cached == 128
+
+
+def test_a_request_does_not_wait_for_what_it_cannot_share() -> None:
+    one = scheduler(step=200)
+    led(one, 64)
+    assert shares(one.plan()) == [("a", 0, 64), ("b", 0, 64)]
+
+
+def test_a_request_does_not_wait_for_a_leader_that_has_ended() -> None:
+    one = scheduler(step=100)
+    led(one, 150)
+    step = one.plan()
+    one.abort("a")
+    assert shares(one.plan()) == [("b", 0, 100)]
+    land(one, step)
+
+
+def test_a_preempted_leader_goes_first_again() -> None:
+    one = scheduler(pages=3, step=300)
+    add(one, request("z", 60, limit=70, base=500))
+    a, b = led(one, 65)
+    run(one, 2)
+    assert (a.slot is not None, b.slot is not None) == (True, False)  # no page left for b
+    run(one, 60)
+    assert a.preemptions == 1
+    one.abort("z")
+    run(one, 2)
+    assert a.slot is not None
+    assert b.slot is not None
+    assert b.cached == 64
 
 
 # What is refused
