@@ -23,6 +23,9 @@ BUDGET = {
     "model": 120,
     "engine": 120,
     "cli": 60,
+    "fuzz": 60,
+    "quantize": 120,
+    "server": 180,
 }
 """Seconds that `make test` may spend in each folder on 2 cores; with lint and set-up they stay under 20 minutes."""
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from omniserve import __version__
+from omniserve.base.config import Options
 from omniserve.base.numbers import human_bytes
 from omniserve.cli import machine
 from omniserve.cli.flags import NO_FLAGS, Common, layers
@@ -21,7 +22,7 @@ def doctor(
     json: Annotated[bool, Parameter(negative="")] = False,
     common: Common = Common(),  # noqa: B008  # frozen
 ) -> None:
-    """Report versions, processor, memory, disk and which implementation serves each operation.
+    """Report versions, processor, memory, disk, and which implementation serves each operation and why.
 
     With --config the merged settings and where each value comes from.
 
@@ -36,7 +37,7 @@ def doctor(
         for name, origin in origins.items()
         if common.config is not None or origin != "default"
     }
-    report = _report()
+    report = _report(options)
     report["settings"] = settings
     if json:
         as_json(report)
@@ -45,7 +46,8 @@ def doctor(
         result(line)
 
 
-def _report() -> dict[str, Any]:
+def _report(options: Options) -> dict[str, Any]:
+    folders = [Path.cwd(), model_directory(), Path(options.download_dir or machine.hub_cache()).expanduser()]
     total, available = machine.memory_bytes()
     report: dict[str, Any] = {
         "omniserve": __version__,
@@ -57,10 +59,12 @@ def _report() -> dict[str, Any]:
         "isa": machine.instruction_sets(),
         "memory_bytes": total,
         "memory_available_bytes": available,
-        "disk_free_bytes": {str(path): machine.disk_free_bytes(path) for path in (Path.cwd(), model_directory())},
+        "disk_free_bytes": {str(path): machine.disk_free_bytes(path) for path in folders},
         "gpus": machine.gpus(),
         "packages": {name: machine.version(name) for name in (*machine.NEEDED, *machine.OPTIONAL)},
         "threads": None,
+        "torch_isa": None,
+        "int8": None,
         "implementations": {},
         "problem": None,
     }
@@ -74,7 +78,9 @@ def _report() -> dict[str, Any]:
     report["torch_isa"] = torch.backends.cpu.get_cpu_capability()
     report["torch_cuda"] = torch.version.cuda
     devices = ["cpu", *(["cuda"] if report["gpus"] and torch.version.cuda else [])]
-    report["implementations"] = {device: machine.implementations(device) for device in devices}
+    report["int8"] = machine.int8_self_test()
+    reference = options.backend == "reference"
+    report["implementations"] = {device: machine.implementations(device, reference=reference) for device in devices}
     return report
 
 
@@ -88,7 +94,8 @@ def _lines(report: dict[str, Any]) -> list[str]:
         f"python      {report['python']} ({report['executable']})",
         f"platform    {report['platform']}",
         f"cpu         {report['cpu']}, {report['cores']} cores usable, {report['threads'] or '?'} torch threads",
-        f"isa         {' '.join(report['isa']) or 'unknown'}",
+        f"isa         {' '.join(report['isa']) or 'unknown'}; torch uses {report['torch_isa'] or '?'}",
+        *_int8(report["int8"]),
         f"memory      {human_bytes(report['memory_bytes'])}, {human_bytes(report['memory_available_bytes'])} available",
         *(f"disk        {human_bytes(free)} free for {path}" for path, free in report["disk_free_bytes"].items()),
         *(f"gpu         {', '.join(gpu.values())}" for gpu in report["gpus"] or [{"name": "none found"}]),
@@ -96,9 +103,10 @@ def _lines(report: dict[str, Any]) -> list[str]:
         f"not there   {', '.join(missing) or 'nothing'}",
     ]
     for device, chosen in report["implementations"].items():
-        width = max(len(name) for name in chosen)
+        names = max(len(name) for name in chosen)
+        width = max(len(one["name"]) for one in chosen.values())
         lines.append(f"operations  on {device}:")
-        lines += [f"            {name:<{width}}  {implementation}" for name, implementation in chosen.items()]
+        lines += [f"            {name:<{names}}  {one['name']:<{width}}  {one['why']}" for name, one in chosen.items()]
     if report["settings"]:
         lines.append("settings")
         for name, entry in report["settings"].items():
@@ -106,3 +114,12 @@ def _lines(report: dict[str, Any]) -> list[str]:
     if report["problem"]:
         lines.append(f"problem     {report['problem']}")
     return lines
+
+
+def _int8(tested: dict[str, Any] | None) -> list[str]:
+    """Return the line about int8 products, which decide how fast quantized weights are on a CPU."""
+    if tested is None:
+        return []
+    has = ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in tested["instructions"].items())
+    verdict = "passed" if tested["exact"] else "FAILED: sums saturate, so exact fp32 sums are used instead"
+    return [f"int8        self-test of torch._int_mm {verdict} ({has})"]

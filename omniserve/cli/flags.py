@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter, Token
 
-from omniserve.base.config import Options, Precision, options_from, options_from_environment
+from omniserve.base.config import GROUP, Options, Precision, environment, options_from
 from omniserve.base.errors import ConfigError
 from omniserve.base.types import SamplingParams
 
@@ -135,7 +135,7 @@ def settings(flags: EngineFlags, common: Common, *, base: Options | None = None)
     """Return the options of an engine: flag, then environment, then `--config` file, then `base`."""
     options = layers(flags, common, base=base)[0]
     if options.precision != "auto":  # before torch is imported and the model is read
-        Precision.parse(options.precision, options.group_size)
+        Precision.parse(options.precision, options.group_size or GROUP)
     return options
 
 
@@ -150,16 +150,12 @@ def layers(flags: EngineFlags, common: Common, *, base: Options | None = None) -
     if common.config is not None:
         in_file = read_config(common.config)
     from_file = options_from(in_file, origin=str(common.config), base=start)
-    from_environment = options_from_environment(from_file)
-    on_line = given(flags)
+    in_environment, on_line = environment(), given(flags)
+    from_environment = options_from(in_environment, origin="environment", base=from_file)
     options = options_from(on_line, origin="command line", base=from_environment)
-    for name in origins:
-        if name in in_file:
-            origins[name] = str(common.config)
-        if getattr(from_environment, name) != getattr(from_file, name):
-            origins[name] = f"OMNISERVE_{name.upper()}"
-        if name in on_line:
-            origins[name] = "command line"
+    origins |= dict.fromkeys(in_file, str(common.config))
+    origins |= {name: f"OMNISERVE_{name.upper()}" for name in in_environment}
+    origins |= dict.fromkeys(on_line, "command line")
     return options, origins
 
 
@@ -176,7 +172,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         # BaseLoader would leave every value a string; safe_load builds plain values and nothing else
         loaded = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid YAML: {_one_line(str(error))}") from None
     if loaded is None:
         return {}
@@ -206,7 +202,10 @@ def read_text(path: Path, what: str) -> str:
 
 
 def with_dashes(tokens: Sequence[str]) -> list[str]:
-    """Return the command line with `--max_model_len` spelled `--max-model-len`; values stay as they are."""
+    """Return the command line with `--max_model_len` spelled `--max-model-len`; values stay as they are.
+
+    `--dummy-weights` is another spelling of `--load-format dummy`.
+    """
     result: list[str] = []
     for place, token in enumerate(tokens):
         if token == "--":
@@ -214,6 +213,8 @@ def with_dashes(tokens: Sequence[str]) -> list[str]:
         name, equals, value = token.partition("=")
         if re.fullmatch(r"--[A-Za-z][\w-]*", name):
             token = name.replace("_", "-") + equals + value
+        if token == "--dummy-weights":
+            token = "--load-format=dummy"
         result.append(token)
     return result
 

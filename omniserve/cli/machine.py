@@ -16,9 +16,16 @@ OPTIONAL = (
     "fastapi", "uvicorn", "llguidance", "msgspec", "prometheus-client", "lm-eval",
 )  # fmt: skip
 _FLAGS = (
-    "sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16",
-    "avx512_fp16", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2",
+    "sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx_vnni_int8", "avx512f", "avx512bw", "avx512_vnni",
+    "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16", "amx_fp16", "asimd", "asimddp", "i8mm", "bf16",
+    "sve", "sve2",
 )  # fmt: skip
+_INT8_PRODUCTS = {
+    "VNNI": ("avx512_vnni", "avx_vnni", "avx_vnni_int8"),
+    "AMX": ("amx_int8",),
+    "NEON dot product": ("asimddp", "i8mm"),
+}
+"""Instructions that multiply int8 and add in int32, by the name people know."""
 
 
 def version(package: str) -> str | None:
@@ -38,6 +45,15 @@ def instruction_sets() -> list[str]:
     """Return the instruction sets of this processor that matter for arithmetic."""
     flags = (_cpuinfo("flags") or _cpuinfo("Features")).split()
     return [flag for flag in _FLAGS if flag in flags]
+
+
+def int8_instructions() -> dict[str, bool]:
+    """Return which instructions for int8 products this processor has, of those its kind may have."""
+    here = set(instruction_sets())
+    arm = "asimd" in here
+    return {
+        name: not here.isdisjoint(flags) for name, flags in _INT8_PRODUCTS.items() if arm == name.startswith("NEON")
+    }
 
 
 def cores() -> int:
@@ -81,15 +97,47 @@ def gpus() -> list[dict[str, str]]:
     return [dict(zip(names, [part.strip() for part in line.split(",")], strict=False)) for line in lines]
 
 
-def implementations(device: str) -> dict[str, str]:
-    """Return operation -> implementation that serves it on `device`. Imports torch."""
+def implementations(device: str, *, reference: bool = False) -> dict[str, dict[str, str]]:
+    """Return operation -> name of the implementation that serves it on `device`, and why. Imports torch.
+
+    reference  the settings ask for references instead of kernels
+    """
     from omniserve import formats, ops
-    from omniserve.ops.dispatch import choices
+    from omniserve.ops.dispatch import TABLE
 
     for package in (ops, formats):  # a module registers its operations when it is imported
         for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)
-    return choices(device)
+    found = {}
+    for name, operation in sorted(TABLE.items()):
+        here = [one for one in operation.implementations if one.device == device]
+        chosen = "reference" if reference else operation.pick(device).name
+        if reference:
+            why = "backend=reference asks for it"
+        elif chosen != "reference":
+            tests = [one.when.__name__ for one in here if one.name == chosen]
+            why = f"passed its self-test {tests[0]}" if tests != ["<lambda>"] else "needs no self-test"
+        else:
+            failed = [f"{one.name} failed its self-test {one.when.__name__}" for one in here]
+            why = ", ".join(failed) or f"nothing faster is there for {device}"
+        found[name] = {"name": chosen, "why": why}
+    return found
+
+
+def int8_self_test() -> dict[str, Any]:
+    """Return whether `torch._int_mm` is exact on this processor, and what it can build on. Imports torch."""
+    from omniserve.ops.integer import int_mm_is_exact
+
+    return {"exact": int_mm_is_exact(), "instructions": int8_instructions()}
+
+
+def hub_cache() -> Path:
+    """Return the folder where huggingface_hub keeps downloaded models."""
+    try:
+        from huggingface_hub.constants import HF_HUB_CACHE
+    except ImportError:
+        return Path.home() / ".cache" / "huggingface" / "hub"
+    return Path(HF_HUB_CACHE)
 
 
 def facts() -> dict[str, Any]:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from omniserve.base.config import nearest
 from omniserve.base.errors import CheckpointError, ConfigError
-from omniserve.formats.gguf import MAGIC, GGUFSource
+from omniserve.formats.gguf import GGUFSource
+from omniserve.formats.gguf_header import MAGIC
 
 LOAD_FORMATS = ("auto", "safetensors", "gguf")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -30,6 +31,7 @@ _DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "I32": torch.int32,
+    "I64": torch.int64,
 }
 _MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library itself."""
@@ -85,9 +87,7 @@ def _find(path: Path) -> Path:
         if path.is_file():
             return _check_file(path)
         if not path.is_dir():
-            raise CheckpointError(
-                f"{path} is not a file or folder; models from a hub are not downloaded by this version"
-            )
+            raise CheckpointError(f"{path} is not a file or folder")
         if any(path.glob("*.safetensors")) or (path / INDEX).exists():
             return path
         files = sorted(path.glob("*.gguf"))

@@ -249,3 +249,13 @@ def layer(index: int, name: str) -> str:
 def test_tensors_that_do_not_fit(tmp_path: Path, keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=re.escape(message)):
         check(tiny_model(tmp_path / "m", **keywords))
+
+
+def test_experts_beyond_any_model_are_refused_before_they_are_listed() -> None:
+    config = {
+        "model_type": "qwen3_moe", "hidden_size": 64, "num_hidden_layers": 1024, "num_attention_heads": 4,
+        "head_dim": 16, "intermediate_size": 160, "vocab_size": 97, "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5, "num_experts": 4096, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
+    }  # fmt: skip
+    with pytest.raises(CheckpointError, match="num_experts=4096: must be at most 131072 in all 1024 layers"):
+        expected(family(config).spec(config))

@@ -1,4 +1,4 @@
-"""GGUF: the real file against transformers and the gguf package, small files byte by byte, and hostile ones."""
+"""GGUF: every architecture and tensor type, small files byte by byte, hostile ones, the real file."""
 
 import re
 import struct
@@ -11,15 +11,16 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from omniserve.base.errors import CheckpointError, ConfigError, OmniserveError
+from omniserve.base.errors import CheckpointError, ConfigError
 from omniserve.formats import gguf as product
+from omniserve.formats import gguf_header
 from omniserve.formats.checkpoint import open_checkpoint
 from omniserve.formats.gguf import GGUFSource
 from omniserve.models.families import check_tensors, family
-from omniserve.text import Tokenizer
+from tests.fuzz.files import as_gguf, permuted
+from tests.model.test_transformers import EXPERTS, SHAPES, exact, score
+from tests.tiny import tiny_model
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN, VOCAB = 4, 2, 16, 64, 96, 40
 
@@ -61,13 +62,6 @@ def header(
 
 def whole(head: bytes, data: bytes = b"", alignment: int = 32) -> bytes:
     return head + b"\0" * (-len(head) % alignment) + data
-
-
-def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows as llama.cpp's convert_hf_to_gguf.py stores them."""
-    return (
-        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
-    )
 
 
 def numbers(architecture: str = "llama", **changes: object) -> dict[str, object]:
@@ -202,19 +196,181 @@ def test_biases_of_llama_are_unpermuted_too(tmp_path: Path) -> None:
         assert torch.equal(source.tensor(name), tensor), name
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
-def test_types_come_out_as_the_gguf_package_has_them(
-    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(product, "_CHUNK_BYTES", 1000)  # several chunks even here
+# Architectures
+
+QWEN3_MOE = {"model_type": "qwen3_moe", "config": EXPERTS | {"norm_topk_prob": True}}
+FILES: dict[str, dict[str, object]] = {
+    name: SHAPES[name]
+    for name in (
+        "gqa", "mha-untied", "d80", "mistral", "mistral-window", "mixtral", "qwen2", "qwen2-moe", "qwen3",
+    )
+} | {"qwen3-moe": QWEN3_MOE}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_architecture_gives_the_model_it_was_written_from(name: str, tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "m", **FILES[name])  # type: ignore[arg-type]
+    path = as_gguf(folder, tmp_path / "m.gguf")
+    wanted, source = open_checkpoint(folder), open_checkpoint(path)
+    check_tensors(source, family(source.config).spec(source.config))
+    assert source.names() == wanted.names()
+    for tensor in wanted.names():
+        assert source.shape(tensor) == wanted.shape(tensor)
+        assert torch.equal(source.tensor(tensor), wanted.tensor(tensor)), tensor
+    ids = torch.randint(0, 97, (120,), generator=torch.Generator().manual_seed(5)).tolist()
+    assert torch.equal(score(exact(path), ids), score(exact(folder), ids))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("mixtral", "Q5_1"), ("qwen2-moe", "Q8_0"), ("d80", "Q4_0")])
+def test_quantized_experts_and_permuted_rows(name: str, kind: str, tmp_path: Path) -> None:
+    """Slices of merged experts and un-permuted rows hold what quantizing each tensor alone gives."""
+    shape = {**FILES[name], "ffn": 96, "config": {**FILES[name].get("config", {}), "moe_intermediate_size": 64}}  # type: ignore[dict-item]
+    if name == "qwen2-moe":
+        shape["config"]["shared_expert_intermediate_size"] = 32
+    folder = tiny_model(tmp_path / "m", **shape)  # type: ignore[arg-type]
+    wanted, source = open_checkpoint(folder), open_checkpoint(as_gguf(folder, tmp_path / "m.gguf", kind))
     number = gguf.GGMLQuantizationType[kind]
-    source = GGUFSource(write(tmp_path / "t.gguf", numbers("qwen2"), stored(dense(), "qwen2"), number))
-    for name, tensor in dense().items():
-        exact = tensor.numpy()
-        if tensor.dim() > 1:
-            exact = gguf.quants.dequantize(gguf.quants.quantize(exact, number), number)
-        assert np.array_equal(source.tensor(name).numpy(), exact), name
-    wanted = {"F32": "float32", "BF16": "bfloat16"}.get(kind, "float16")
+    for tensor in wanted.names():
+        alone = wanted.tensor(tensor).numpy()
+        if alone.ndim > 1 and not tensor.endswith(("gate.weight", "shared_expert_gate.weight")):
+            alone = gguf.quants.dequantize(gguf.quants.quantize(alone, number), number)
+        assert np.array_equal(source.tensor(tensor).numpy(), alone), tensor
+
+
+def test_experts_of_the_oldest_files(tmp_path: Path) -> None:
+    """Mixtral files of early 2024 hold each expert alone."""
+    folder = tiny_model(tmp_path / "m", **FILES["mixtral"])  # type: ignore[arg-type]
+    merged = gguf.GGUFReader(as_gguf(folder, tmp_path / "merged.gguf"))
+    tensors = {}
+    for one in merged.tensors:
+        array = np.array(one.data)
+        if match := re.fullmatch(r"blk\.(\d)\.ffn_(\w+)_exps\.weight", one.name):
+            tensors |= {f"blk.{match[1]}.ffn_{match[2]}.{e}.weight": array[e] for e in range(len(array))}
+        else:
+            tensors[one.name] = array
+    metadata = {key: field.contents() for key, field in merged.fields.items() if not key.startswith("GGUF.")}
+    source = GGUFSource(write(tmp_path / "single.gguf", metadata, tensors))
+    check_tensors(source, family(source.config).spec(source.config))
+    wanted = open_checkpoint(folder)
+    assert all(torch.equal(source.tensor(name), wanted.tensor(name)) for name in wanted.names())
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("mixtral", {"expert_count": 3}, "has shape [4, 160, 64], it must be [llama.expert_count, N, K]"),
+        ("mixtral", {"expert_used_count": None}, "metadata key llama.expert_used_count is missing"),
+        ("mixtral", {"expert_weights_norm": False}, "expert_weights_norm is False, Mixtral's weights are always"),
+        ("qwen2-moe", {"expert_weights_norm": 1}, "expert_weights_norm is 1, it must be true or false"),
+        ("qwen2-moe", {"expert_count": None}, "qwen2moe.expert_count is 0, which the qwen2moe decoder"),
+        ("qwen2-moe", {"expert_gating_func": 2}, "qwen2moe.expert_gating_func is 2, which the qwen2moe decoder"),
+        ("qwen2-moe", {"attention.sliding_window": 64}, "attention.sliding_window is 64: of this architecture"),
+        ("qwen3", {"expert_count": 2}, "qwen3.expert_count is 2, which the qwen3 decoder of this version does not"),
+        ("qwen3", {"expert_count": -2}, "qwen3.expert_count is -2, it must be a positive whole number"),
+    ],
+)
+def test_experts_that_cannot_be_served(name: str, changes: dict[str, object], message: str, tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "m", **FILES[name])  # type: ignore[arg-type]
+    made = gguf.GGUFReader(as_gguf(folder, tmp_path / "m.gguf"))
+    metadata = {key: field.contents() for key, field in made.fields.items() if not key.startswith("GGUF.")}
+    prefix = metadata["general.architecture"]
+    for key, value in changes.items():
+        metadata[f"{prefix}.{key}"] = (5, struct.pack("<i", value)) if value == -2 else value
+        if value is None:
+            del metadata[f"{prefix}.{key}"]
+    path = write(tmp_path / "changed.gguf", metadata, {one.name: np.array(one.data) for one in made.tensors})
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        GGUFSource(path)
+
+
+def test_sizes_that_old_files_do_not_tell(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "m", **FILES["qwen2-moe"])  # type: ignore[arg-type]
+    made = gguf.GGUFReader(as_gguf(folder, tmp_path / "m.gguf"))
+    metadata = {
+        key: field.contents()
+        for key, field in made.fields.items()
+        if not key.startswith("GGUF.") and "feed_forward" not in key
+    }
+    path = write(tmp_path / "old.gguf", metadata, {one.name: np.array(one.data) for one in made.tensors})
+    config = GGUFSource(path).config
+    assert (config["moe_intermediate_size"], config["shared_expert_intermediate_size"]) == (48, 80)
+
+
+def test_more_experts_than_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_model(tmp_path / "m", **FILES["mixtral"])  # type: ignore[arg-type]
+    path = as_gguf(folder, tmp_path / "m.gguf")
+    monkeypatch.setattr(product, "MAX_ENTRIES", 30)
+    with pytest.raises(CheckpointError, match="more than 30 tensors, each expert's counted"):
+        GGUFSource(path)
+
+
+def test_one_of_several_files(tmp_path: Path) -> None:
+    path = write(tmp_path / "s.gguf", numbers() | {"split.count": (2, struct.pack("<H", 3))}, stored(dense()))
+    with pytest.raises(CheckpointError, match="one of 3 files of a model: join them with `llama-gguf-split --merge`"):
+        GGUFSource(path)
+
+
+# Tensor types
+
+
+def readable() -> list[str]:
+    """Every type that the gguf package de-quantizes."""
+    names = []
+    for kind, (_, block_bytes) in gguf.GGML_QUANT_SIZES.items():
+        try:
+            gguf.quants.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+            names.append(kind.name)
+        except NotImplementedError:
+            continue
+    return names
+
+
+def test_the_readable_types_are_those_of_the_package() -> None:
+    assert {"Q4_K", "Q6_K", "IQ1_S", "IQ4_XS", "TQ1_0", "MXFP4"} < set(readable())
+    assert len(readable()) >= 24
+
+
+def blocks(kind: gguf.GGMLQuantizationType, rows: int, columns: int) -> np.ndarray:
+    """Random rows of a type as bytes, all of whose values are finite: quantized, or random blocks."""
+    random = np.random.default_rng(int(kind))
+    try:
+        return gguf.quants.quantize(random.standard_normal((rows, columns), np.float32), kind).view(np.uint8)
+    except NotImplementedError:
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        wanted = rows * columns // block
+        drawn = random.integers(0, 256, (8 * wanted, block_bytes), np.uint8)
+        with np.errstate(all="ignore"):
+            finite = np.isfinite(gguf.quants.dequantize(drawn, kind)).all(1)
+        assert finite.sum() >= wanted, kind
+        return drawn[finite][:wanted].reshape(rows, -1)
+
+
+@pytest.mark.parametrize("name", readable())
+def test_types_come_out_as_the_gguf_package_has_them(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole tensor at once, whatever chunks it is read in."""
+    kind = gguf.GGMLQuantizationType[name]
+    raw = blocks(kind, 48, 768)
+    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "qwen2")
+    for key, value in numbers("qwen2", vocab_size=48).items():
+        if key != "general.architecture":
+            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(key, value)
+    stored_as = {"F32": np.float32, "F16": np.float16}.get(name, np.uint8)
+    writer.add_tensor("token_embd.weight", raw.view(stored_as), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    exact_values = gguf.quants.dequantize(raw, kind).reshape(48, 768)
+    assert np.isfinite(exact_values).all()
+    assert exact_values.std() > 0
+    for elements in (product._CHUNK_ELEMENTS, 5000, 1):
+        monkeypatch.setattr(product, "_CHUNK_ELEMENTS", elements)
+        source = GGUFSource(tmp_path / "t.gguf")
+        assert source.shape("model.embed_tokens.weight") == (48, 768)
+        assert np.array_equal(source.tensor("model.embed_tokens.weight").numpy(), exact_values)
+    wanted = {"F32": "float32", "BF16": "bfloat16"}.get(name, "float16")
     assert source.config["torch_dtype"] == wanted
 
 
@@ -267,7 +423,8 @@ def test_llama3_frequencies_are_recognised(tmp_path: Path) -> None:
         config_of(tmp_path, stored(dense()) | {"rope_freqs.weight": np.linspace(1, 3, HEAD_DIM // 2)})
     with pytest.raises(CheckpointError, match=r"has shape \[3\], it must be F32 \[8\]"):
         config_of(tmp_path, stored(dense()) | {"rope_freqs.weight": np.ones(3)})
-    assert config_of(tmp_path, attention__sliding_window=128)["max_position_embeddings"] == 128
+    assert config_of(tmp_path, attention__sliding_window=128)["model_type"] == "llama"
+    assert config_of(tmp_path, attention__sliding_window=64)["sliding_window"] == 64
     ones = config_of(tmp_path, stored(dense()) | {"rope_freqs.weight": np.ones(HEAD_DIM // 2)})
     assert ones["rope_scaling"] is None
 
@@ -281,9 +438,10 @@ def test_llama3_frequencies_are_recognised(tmp_path: Path) -> None:
         ({"attention__head_count": np.array([4, 4], np.int32)}, "head_count is an array of 2, it must be"),
         ({"attention__layer_norm_rms_epsilon": float("nan")}, "epsilon is nan, it must be a finite number"),
         ({"rope__dimension_count": 8}, "llama.rope.dimension_count is 8, it must be the head size 16"),
-        ({"expert_count": 8}, "llama.expert_count is 8, which the llama decoder of this version does not compute"),
+        ({"expert_count": 8}, "metadata key llama.expert_used_count is missing"),
+        ({"expert_count": np.array([8, 8], np.int32)}, "llama.expert_count is an array of 2, it must be"),
         ({"rope__scaling__type": "longrope"}, "rope.scaling.type is 'longrope', allowed are none, linear and yarn"),
-        ({"attention__sliding_window": 64}, "llama.attention.sliding_window is 64, this version reads models whose"),
+        ({"rope__scaling__type": np.array([1, 2], np.int32)}, "rope.scaling.type is an array of 2, allowed are none"),
         ({"attention__sliding_window": "no"}, "llama.attention.sliding_window is 'no'"),
         ({"rope__scaling__type": "linear"}, "metadata key llama.rope.scaling.factor is missing"),
     ],
@@ -295,7 +453,10 @@ def test_metadata_that_cannot_be_served(tmp_path: Path, changes: dict[str, objec
 
 def test_unknown_architecture_lists_the_known(tmp_path: Path) -> None:
     path = write(tmp_path / "x.gguf", {"general.architecture": "mamba"}, {})
-    with pytest.raises(CheckpointError, match=r"general.architecture is 'mamba', this version reads llama and qwen2"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"general.architecture is 'mamba', this version reads llama, qwen2, qwen2moe, qwen3, qwen3moe",
+    ):
         GGUFSource(path)
     path.write_bytes(whole(header([], [])))
     with pytest.raises(CheckpointError, match=r"general.architecture is None"):
@@ -308,7 +469,7 @@ def test_a_file_without_effect_keys_says_so(tmp_path: Path, caplog: pytest.LogCa
 
 
 def test_without_the_gguf_package(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    product._sizes.cache_clear()
+    gguf_header.tensor_types.cache_clear()
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ConfigError, match="needs the Python package gguf"):
         GGUFSource(small)
@@ -404,7 +565,7 @@ def test_hostile_files_end_in_one_sentence(tmp_path: Path, what: str) -> None:
 
 
 def test_too_many_strings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(product, "_MAX_STRINGS", 10)
+    monkeypatch.setattr(gguf_header, "_MAX_STRINGS", 10)
     path = tmp_path / "strings.gguf"
     path.write_bytes(header([pair("a", ["x"] * 6), pair("b", ["y"] * 6)], []))
     with pytest.raises(CheckpointError, match="'b' brings the strings in arrays to 12, at most 10 are allowed"):
@@ -423,77 +584,6 @@ def test_q_rows_that_no_heads_fill(tmp_path: Path) -> None:
         source.tensor("model.layers.0.self_attn.q_proj.weight")
     with pytest.raises(CheckpointError, match="tensor 'x' is missing"):
         source.tensor("x")
-
-
-def use(path: Path) -> None:
-    """Everything that opening a model does with a file."""
-    source = open_checkpoint(path)
-    check_tensors(source, family(source.config).spec(source.config))
-    for name in source.names():
-        source.tensor(name)
-    tokenizer = Tokenizer.load(source)
-    tokenizer.decode(tokenizer.encode("abcd 12 xyz"))
-
-
-def survives(path: Path) -> None:
-    said = ""
-    tracemalloc.start()
-    try:
-        use(path)
-    except OmniserveError as error:
-        said = str(error)
-    finally:
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    assert peak < 32 << 20
-    assert len(said) < 600
-
-
-@pytest.fixture(scope="module")
-def whole_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    path = write(tmp_path_factory.mktemp("fuzz") / "whole.gguf", numbers() | TOKENIZER, stored(dense()), 8)
-    use(path)
-    return path.read_bytes()
-
-
-@given(cut=st.floats(0, 1))
-def test_fuzz_truncated(whole_file: bytes, tmp_path_factory: pytest.TempPathFactory, cut: float) -> None:
-    path = tmp_path_factory.getbasetemp() / "truncated.gguf"
-    path.write_bytes(whole_file[: int(cut * (len(whole_file) - 1))])
-    with pytest.raises(CheckpointError):
-        use(path)
-
-
-@given(data=st.data())
-def test_fuzz_bytes(whole_file: bytes, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    raw = bytearray(whole_file)
-    head = whole_file.index(b"ffn_down") + 60  # mostly the header
-    for _ in range(data.draw(st.integers(1, 4))):
-        at = data.draw(st.integers(0, head))
-        change = data.draw(st.sampled_from([1, 4, 8]))
-        value = data.draw(
-            st.sampled_from([0, 1, 0x7F, 0xFF, 1 << 31, (1 << 63) - 1, (1 << 64) - 1]) | st.integers(0, (1 << 64) - 1)
-        )
-        raw[at : at + change] = (value % (1 << 8 * change)).to_bytes(change, "little")
-    path = tmp_path_factory.getbasetemp() / "mutated.gguf"
-    path.write_bytes(raw)
-    survives(path)
-
-
-@given(data=st.data())
-def test_fuzz_values(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    metadata = numbers() | TOKENIZER
-    value: st.SearchStrategy[object] = (
-        st.integers(0, (1 << 32) - 1)
-        | st.floats(width=32)
-        | st.booleans()
-        | st.text(max_size=5)
-        | st.lists(st.text(max_size=3), max_size=50)
-        | st.lists(st.integers(-5, 9), max_size=50).map(lambda v: np.array(v, np.int32))
-    )
-    for key in data.draw(st.lists(st.sampled_from(sorted(metadata)), min_size=1, max_size=3)):
-        metadata[key] = data.draw(value)
-    survives(write(tmp_path_factory.getbasetemp() / "values.gguf", metadata, stored(dense())))
 
 
 # The real file

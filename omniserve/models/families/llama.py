@@ -29,6 +29,8 @@ _LARGEST = {
     "decoder_sparse_step": 1 << 10,
 }
 """Far beyond any model: a config that asks for more is corrupt, and must not make anybody allocate."""
+_MOST_EXPERTS = 1 << 17
+"""The same for the experts of all layers together; a name and a shape are held for each."""
 _ROPE_KEYS: dict[RopeKind, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -160,6 +162,8 @@ def expected(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         "mlp.down_proj": (spec.hidden, spec.ffn, spec.mlp_bias),
     }
     experts = spec.experts
+    if experts is not None and experts.count * len(experts.layers) > _MOST_EXPERTS:
+        raise refuse("num_experts", experts.count, f"at most {_MOST_EXPERTS} in all {len(experts.layers)} layers")
     for layer in range(spec.layers):
         prefix = f"model.layers.{layer}."
         mixed = experts is not None and layer in experts.layers
