@@ -3,13 +3,9 @@
 A tokenizer comes from the metadata of a GGUF file or from the tokenizer.json of a Hugging Face folder.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import tokenizers
@@ -17,13 +13,14 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from omniserve.base.errors import CheckpointError, ConfigError, RequestError
 from omniserve.formats.checkpoint import Source, open_checkpoint, read_json
+from omniserve.formats.dummy import DummySource
 from omniserve.formats.gguf import GGUFSource, shown
-
-if TYPE_CHECKING:
-    import jinja2
+from omniserve.templates import ChatTemplate
 
 Messages = Sequence[Mapping[str, object]]
 """A conversation: objects with a "role" and mostly a "content"."""
+MAX_PROMPT_BYTES = 16 * 131072
+"""Longest rendered conversation where nothing else is said: 16 bytes for each token of a long context."""
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 """Token types of tokenizer.ggml.token_type."""
@@ -49,10 +46,12 @@ class Tokenizer:
         add_bos: bool,
         eos_ids: frozenset[int],
         template: str | None,
+        max_prompt_bytes: int = MAX_PROMPT_BYTES,
     ) -> None:
         self._core = core
         self._words = dict(words)
-        self._source = template
+        self._template = None if template is None else ChatTemplate(template)
+        self._max_prompt_bytes = max_prompt_bytes
         bos = words.get("bos_token")
         self.bos: int | None = None if bos is None else core.token_to_id(bos)
         self.add_bos = add_bos and self.bos is not None
@@ -61,18 +60,26 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, token in core.get_added_tokens_decoder().items() if token.special)
 
     @staticmethod
-    def load(source: Source | str | Path, chat_template: str | None = None) -> "Tokenizer":
+    def load(
+        source: Source | str | Path,
+        chat_template: str | None = None,
+        *,
+        max_prompt_bytes: int = MAX_PROMPT_BYTES,
+    ) -> "Tokenizer":
         """Return the tokenizer of a checkpoint.
 
-        chat_template  file with a Jinja template that replaces the model's
+        chat_template     file with a Jinja template that replaces the model's
+        max_prompt_bytes  longest text that a chat template may write for a conversation
         Raises CheckpointError if there is none or it is of an unknown kind, ConfigError for an unreadable template.
         """
         if isinstance(source, str | Path):
             source = open_checkpoint(source)
         template = None if chat_template is None else _read_template(Path(chat_template))
+        if isinstance(source, DummySource):
+            return _of_bytes(template)
         if isinstance(source, GGUFSource):
-            return _from_gguf(source, template)
-        return _from_folder(source.path, source.config, template)
+            return _from_gguf(source, template, max_prompt_bytes)
+        return _from_folder(source.path, source.config, template, max_prompt_bytes)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Return the token ids of `text`; special tokens written out in it become tokens.
@@ -90,39 +97,36 @@ class Tokenizer:
         """Return the text of `ids`; ids beyond the vocabulary have none."""
         return self._core.decode(list(ids), skip_special_tokens=skip_special)
 
-    def render(self, messages: Messages, *, add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Messages,
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, object] | None = None,
+    ) -> str:
         """Return the conversation as the model's chat template writes it.
 
-        Raises RequestError if there is no template or it refuses the messages.
+        variables  what this template knows beside the conversation, for instance {"enable_thinking": False}
+        Raises RequestError if there is no template, it refuses the messages, or needs more than it may have.
         """
         _check_messages(messages)
-        if self._source is None:
+        if self._template is None:
             raise RequestError("the model has no chat template: give one with --chat-template FILE")
-        import jinja2
+        values: dict[str, object] = {
+            "messages": [dict(message) for message in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self._words,
+        }
+        for name in variables or {}:
+            if not isinstance(name, str) or name in values:
+                raise RequestError(f"{repr(name)[:60]} is no variable of a chat template that a request may set")
+        return self._template.render(values | dict(variables or {}), max_bytes=self._max_prompt_bytes)
 
-        try:
-            return self._template.render(
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._words,
-            )
-        except (
-            jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError,
-            ValueError,
-        ) as error:  # fmt: skip
-            # A template is the model's code: whatever its expressions raise is about this conversation.
-            sentence = " ".join(str(error).split()) or type(error).__name__
-            raise RequestError(f"the chat template refuses the conversation: {sentence}") from None
-
-    def chat(self, messages: Messages) -> list[int]:
+    def chat(self, messages: Messages, *, variables: Mapping[str, object] | None = None) -> list[int]:
         """Return the token ids of a conversation, ready for the model's answer; the template alone writes BOS."""
-        return self.encode(self.render(messages), special=False)
-
-    @cached_property
-    def _template(self) -> "jinja2.Template":
-        return _compile(self._source or "")
+        return self.encode(self.render(messages, variables=variables), special=False)
 
 
 def _check_messages(messages: Messages) -> None:
@@ -142,69 +146,19 @@ def _read_template(path: Path) -> str:
         raise ConfigError(f"chat_template={str(path)!r}: is not UTF-8 text") from None
 
 
-def _compile(source: str) -> "jinja2.Template":
-    """Compile a chat template in the environment that templates are written for (transformers').
-
-    The sandbox keeps a model's template from Python's internals; `namespace` and `dict` are replaced because Jinja's
-    own let a template set underscored attributes.
-    """
-    import jinja2
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}` marks what the model wrote, for training; here it shows its body."""
-
-        tags = {"generation"}  # noqa: RUF012  (Jinja's own declaration)
-
-        def parse(self, parser: Parser) -> list[jinja2.nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    class Namespace(jinja2.utils.Namespace):
-        def __init__(self, /, *args: object, **values: object) -> None:
-            for name in dict(*args, **values):
-                _refuse_underscore(name)
-            super().__init__(*args, **values)
-
-        def __setitem__(self, name: str, value: object) -> None:
-            _refuse_underscore(name)
-            super().__setitem__(name, value)
-
-    def _refuse_underscore(name: str) -> None:
-        if name.startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"{name!r} must not begin with an underscore")
-
-    def raise_exception(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    def tojson(
-        value: object,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals |= {
-        "raise_exception": raise_exception,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-        "namespace": Namespace,
-        "dict": lambda *args, **values: dict(*args, **values),
-    }
-    return environment.from_string(source)
+def _of_bytes(template: str | None) -> Tokenizer:
+    """Return the tokenizer of dummy weights: a token for each byte, none that ends an answer."""
+    alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    core = tokenizers.Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    return Tokenizer(core, words={}, add_bos=False, eos_ids=frozenset(), template=template)
 
 
 # Tokenizers of Hugging Face folders
 
 
-def _from_folder(folder: Path, config: Mapping[str, object], template: str | None) -> Tokenizer:
+def _from_folder(folder: Path, config: Mapping[str, object], template: str | None, max_prompt_bytes: int) -> Tokenizer:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(
@@ -242,6 +196,7 @@ def _from_folder(folder: Path, config: Mapping[str, object], template: str | Non
         add_bos=add_bos,
         eos_ids=frozenset(eos_ids),
         template=template if template is not None else _folder_template(folder, settings),
+        max_prompt_bytes=max_prompt_bytes,
     )
 
 
@@ -390,7 +345,7 @@ class _Vocabulary:
         return pairs
 
 
-def _from_gguf(source: GGUFSource, template: str | None) -> Tokenizer:
+def _from_gguf(source: GGUFSource, template: str | None, max_prompt_bytes: int) -> Tokenizer:
     vocabulary = _Vocabulary(source)
     builders: dict[object, Callable[[_Vocabulary], tuple[tokenizers.Tokenizer, bool]]] = {
         "gpt2": _byte_level,
@@ -421,6 +376,7 @@ def _from_gguf(source: GGUFSource, template: str | None) -> Tokenizer:
         add_bos=told if isinstance(told, bool) else add_bos,
         eos_ids=frozenset(end for end in ends if end is not None),
         template=template if template is not None else own if isinstance(own, str) else None,
+        max_prompt_bytes=max_prompt_bytes,
     )
 
 
