@@ -5,16 +5,18 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from cyclopts import Parameter
 
-from omniserve.base.errors import OmniserveError, RequestError
+from omniserve.base.errors import ConfigError, OmniserveError, RequestError
 from omniserve.base.types import FinishReason, SamplingParams, Usage
-from omniserve.cli.flags import NO_FLAGS, Common, EngineFlags, SamplingFlags, given, settings
+from omniserve.cli.bulk import bulk
+from omniserve.cli.flags import NO_FLAGS, SAMPLING, Common, EngineFlags, SamplingFlags, given, settings
 from omniserve.cli.loading import load
 from omniserve.cli.output import as_json, piece, result, say
 
@@ -23,6 +25,35 @@ if TYPE_CHECKING:
     from omniserve.llm import Delta
 
 Message = dict[str, str]
+
+
+@Parameter(name="*", group=SAMPLING)
+@dataclass(frozen=True, kw_only=True)
+class AnswerFlags(SamplingFlags):
+    """How tokens are drawn, with what counts the tokens before.
+
+    Parameters
+    ----------
+    repetition_penalty
+        Above 1: less of what the prompt and the answer hold already; 1 is off, at most 2.
+    presence_penalty
+        Above 0: less of what the answer holds already; -2 to 2.
+    frequency_penalty
+        The same, once for each time; -2 to 2.
+    """
+
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+
+    def params(self, *, max_tokens: int | None, seed: int | None) -> SamplingParams:
+        """Return the parameters of a request; `max_tokens` holds where the flag was not given."""
+        return replace(
+            super().params(max_tokens=max_tokens, seed=seed),
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -88,27 +119,63 @@ def collect(
 
 
 def generate(
-    model: str,
+    model: str | None = None,
     /,
     *,
-    prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    prompt: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+    prompt_file: Path | None = None,
+    output: Path | None = None,
+    ordered: bool | None = None,
+    overwrite: Annotated[bool, Parameter(negative="")] = False,
     json: Annotated[bool, Parameter(negative="")] = False,
-    sampling: SamplingFlags = SamplingFlags(),  # noqa: B008  # frozen
+    sampling: AnswerFlags = AnswerFlags(),
     engine: EngineFlags = NO_FLAGS,
     common: Common = Common(),  # noqa: B008  # frozen
 ) -> None:
-    """Continue a text, without a server; the result goes to standard output.
+    """Continue a text, or each line of a file, without a server.
 
     Parameters
     ----------
     model
-        A .gguf file or a model folder.
+        A .gguf file, a model folder or a name on huggingface.co (ORG/NAME); with --dummy-weights none.
     prompt
-        The text to continue; no chat template is applied.
+        The text to continue; no chat template is applied. The result goes to standard output.
+    prompt_file
+        Instead of --prompt: a file of JSON lines with prompt, prompt_token_ids or messages each, with id and sampling
+        parameters (temperature, max_tokens, ...) if wanted.
+    output
+        With --prompt-file: the file that gets one JSON line for each line: id, line, text, finish_reason and usage, or
+        error. Stopped at any moment, the same command goes on where it was; exit code 0 once every line has its line.
+    ordered
+        With --prompt-file: lines in the order of the input (default), or as they are done.
+    overwrite
+        With --prompt-file: start again, whatever the output holds.
     json
-        Print one JSON object: text, token ids, finish reason, usage, time to first token, tokens per second.
+        Print one JSON object: text, token ids, finish reason, usage, time to first token, tokens per second; with
+        --prompt-file what became of the lines.
     """
     options = settings(engine, common)
+    if prompt_file is not None:
+        if prompt is not None:
+            raise ConfigError("--prompt and --prompt-file: give one of the two")
+        if output is None:
+            raise ConfigError("--prompt-file needs --output OUT.jsonl, the file for the answers")
+        bulk(
+            model,
+            prompt_file,
+            output,
+            options=options,
+            params=sampling.params(max_tokens=128, seed=None),
+            ordered=ordered is not False,
+            overwrite=overwrite,
+            quiet=json,
+        )
+        return
+    if prompt is None:
+        raise ConfigError("give --prompt TEXT, or --prompt-file IN.jsonl with --output OUT.jsonl")
+    for given_flag, flag in ((output, "--output"), (ordered, "--ordered"), (overwrite or None, "--overwrite")):
+        if given_flag is not None:
+            raise ConfigError(f"{flag} goes with --prompt-file, the answer to --prompt is printed")
     params = sampling.params(max_tokens=128, seed=given(engine).get("seed"))
     check_text(prompt, "prompt")
     with load(model, options, quiet=json) as llm:
@@ -120,13 +187,13 @@ def generate(
 
 
 def chat(
-    model: str,
+    model: str | None = None,
     /,
     *,
     question: Annotated[str | None, Parameter(name="-q", allow_leading_hyphen=True)] = None,
     system: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     stats: Annotated[bool, Parameter(negative="")] = False,
-    sampling: SamplingFlags = SamplingFlags(),  # noqa: B008  # frozen
+    sampling: AnswerFlags = AnswerFlags(),
     engine: EngineFlags = NO_FLAGS,
     common: Common = Common(),  # noqa: B008  # frozen
 ) -> None:
@@ -135,7 +202,7 @@ def chat(
     Parameters
     ----------
     model
-        A .gguf file or a model folder.
+        A .gguf file, a model folder or a name on huggingface.co (ORG/NAME); with --dummy-weights none.
     question
         Answer this question and leave.
     system

@@ -8,8 +8,10 @@ from cyclopts import App, CycloptsError, UnknownCommandError, UnknownOptionError
 from omniserve import __version__
 from omniserve.base.config import nearest
 from omniserve.cli.answer import chat, generate
+from omniserve.cli.convert import convert
 from omniserve.cli.demo import demo
 from omniserve.cli.doctor import doctor
+from omniserve.cli.fidelity import fidelity
 from omniserve.cli.flags import Common, with_dashes
 from omniserve.cli.quality import perplexity
 from omniserve.cli.speed import throughput
@@ -20,15 +22,17 @@ app = App(
     version=__version__,
     help_format="plaintext",
 )
-evaluate = App(name="eval", help="Quality of a model: perplexity.")
+evaluate = App(name="eval", help="Quality of a model: perplexity, fidelity.")
 bench = App(name="bench", help="Speed of a model: throughput.")
 app.command(generate)
 app.command(chat)
+app.command(convert)
 app.command(evaluate)
 app.command(bench)
 app.command(doctor)
 app.command(demo)
 evaluate.command(perplexity)
+evaluate.command(fidelity)
 bench.command(throughput)
 
 

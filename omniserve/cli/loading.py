@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from omniserve.base.config import Options
+from omniserve.base.config import Options, check_model
 from omniserve.base.errors import ConfigError
 from omniserve.base.numbers import human_bytes
 from omniserve.cli import machine
@@ -22,13 +22,14 @@ OLDEST_TORCH = (2, 11)
 TORCH_LINE = "pip install 'torch>=2.11' --index-url https://download.pytorch.org/whl/cpu"
 
 
-def load(model: str, options: Options, *, quiet: bool = False, brief: bool = False, role: str = "") -> "LLM":
+def load(model: str | None, options: Options, *, quiet: bool = False, brief: bool = False, role: str = "") -> "LLM":
     """Return the engine of a model; warnings go to standard error.
 
     quiet  no progress bars
     brief  no line about what was loaded
     role   what the engine is for, to begin that line with
     """
+    check_model(model, options)
     need_torch()
     with leaving_at_once():
         from omniserve import LLM
@@ -71,9 +72,10 @@ def plan_line(llm: "LLM") -> str:
     """Return what was loaded, how it is stored and which implementations serve it, in one line."""
     config, plan = llm.config, llm.plan
     seconds = sum(plan.seconds.values())
+    rounded = f" ({plan.rounding})" if plan.rounding else ""
     return (
         f"{plan.model}: {config.precision.label} on {config.device.kind} ({config.dtype}), weights"
-        f" {human_bytes(plan.weight_bytes)}, KV {human_bytes(plan.kv_bytes)} = {plan.kv_tokens:,} tokens at"
+        f" {human_bytes(plan.weight_bytes)}{rounded}, KV {human_bytes(plan.kv_bytes)} = {plan.kv_tokens:,} tokens at"
         f" {plan.kv_token_bytes:,} B, context {config.limits.max_model_len:,}; {kernels(llm)}; {seconds:.1f} s"
     )
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from omniserve.base.errors import OmniserveError
 
-OK, INTERNAL, USAGE, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes (serving.md section 5)."""
+OK, INTERNAL, USAGE, GATE, INTERRUPTED = 0, 1, 2, 4, 130
+"""Exit codes (serving.md section 5); a command may return one itself."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,9 +38,9 @@ def _run(tokens: list[str]) -> int:
         command, common = parse(tokens)
         debug = common.log_level == "debug"
         log.configure(common.log_level)
-        command()
+        code = command()
         sys.stdout.flush()
-        return OK
+        return code if isinstance(code, int) else OK
     except CycloptsError as error:
         return _refuse(usage(error))
     except OmniserveError as error:

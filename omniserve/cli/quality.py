@@ -21,7 +21,7 @@ WINDOW = 2048
 
 
 def perplexity(
-    model: str,
+    model: str | None = None,
     /,
     *,
     text: Path,
@@ -42,7 +42,7 @@ def perplexity(
     Parameters
     ----------
     model
-        A .gguf file or a model folder.
+        A .gguf file, a model folder or a name on huggingface.co (ORG/NAME); with --dummy-weights none.
     text
         UTF-8 text file.
     windows
@@ -62,12 +62,12 @@ def perplexity(
     options = settings(engine, common)
     content = read_text(text, "text file")
     which = None if windows is None else whole_numbers(windows, "--windows")
-    _check_lengths(length, stride)
+    check_lengths(length, stride)
     rows = _choices(options, precisions)
     other = None if reference is None else _reference(model, reference, options)
-    one = _for_windows(options, length)
+    one = for_windows(options, length)
     found: list[tuple[str, Score]] = []
-    second = None if other is None else load(other[0], _for_windows(other[1], length), quiet=json, role="reference ")
+    second = None if other is None else load(other[0], for_windows(other[1], length), quiet=json, role="reference ")
     try:
         for choice in rows:
             with load(model, replace(one, precision=choice), quiet=json) as llm:
@@ -79,15 +79,18 @@ def perplexity(
             second.close()
     what = {"model": name, "text": str(text), "length": length, "stride": stride or length, "windows": used}
     if json:
-        as_json({**what, "reference": reference, "rows": [_row(label, score) for label, score in found]})
+        as_json({**what, "reference": reference, "rows": [score_row(label, score) for label, score in found]})
         return
     columns = ["precision", "perplexity", "mean NLL", "predictions", "seconds"]
     compared = ["KL (nats)", "top-1 agreement"] if second is not None else []
-    title = f"{name}, {text.name}, windows {_spans(used)} of {length} tokens"
-    table(columns + compared, [cells(list(_row(*f).values())[: len(columns + compared)]) for f in found], title=title)
+    title = f"{name}, {text.name}, windows {spans(used)} of {length} tokens"
+    table(
+        columns + compared, [cells(list(score_row(*f).values())[: len(columns + compared)]) for f in found], title=title
+    )
 
 
-def _row(label: str, score: "Score") -> dict[str, Any]:
+def score_row(label: str, score: "Score") -> dict[str, Any]:
+    """Return a score as a row of JSON, in the order of the table's columns."""
     return {
         "precision": label,
         "perplexity": _finite(score.perplexity),
@@ -127,7 +130,8 @@ def _measure(
     return score, list(chosen)
 
 
-def _check_lengths(length: int, stride: int | None) -> None:
+def check_lengths(length: int, stride: int | None) -> None:
+    """Raise ConfigError unless windows of this length and stride can be cut."""
     if length < 2:
         raise ConfigError(f"--length={length}: must be 2 or more, the first token is context only")
     if stride is not None and stride < 1:
@@ -148,7 +152,7 @@ def _choices(options: Options, precisions: str | None) -> list[str]:
     return chosen
 
 
-def _reference(model: str, reference: str, options: Options) -> tuple[str, Options]:
+def _reference(model: str | None, reference: str, options: Options) -> tuple[str | None, Options]:
     """Return model and options of the reference: a precision of the same model, or another model."""
     if Path(reference).exists():
         return reference, replace(options, precision="w16a16kv16")
@@ -161,12 +165,12 @@ def _reference(model: str, reference: str, options: Options) -> tuple[str, Optio
     return model, replace(options, precision=reference)
 
 
-def _for_windows(options: Options, length: int) -> Options:
+def for_windows(options: Options, length: int) -> Options:
     """Return options of an engine that scores one window at a time, unless the user asks for more."""
     return replace(options, max_model_len=options.max_model_len or length, max_num_seqs=options.max_num_seqs or 1)
 
 
-def _spans(numbers: list[int]) -> str:
+def spans(numbers: list[int]) -> str:
     """Return numbers for people: 0-19 for a run, 0,10 for others."""
     if len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
         return f"{numbers[0]}-{numbers[-1]}"

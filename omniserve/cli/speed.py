@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from omniserve.base.config import Options, Precision
+from omniserve.base.config import Options, Precision, check_model
 from omniserve.base.errors import ConfigError
 from omniserve.cli import machine
 from omniserve.cli.flags import NO_FLAGS, Common, EngineFlags, Whole, settings, whole_numbers
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def throughput(
-    model: str,
+    model: str | None = None,
     /,
     *,
     batch: Annotated[str, Parameter(name=("--num-prompts", "--batch"))] = "8",
@@ -37,7 +37,7 @@ def throughput(
     Parameters
     ----------
     model
-        A .gguf file or a model folder.
+        A .gguf file, a model folder or a name on huggingface.co (ORG/NAME); with --dummy-weights none.
     batch
         Prompts submitted at once; several sizes with commas between them (1,8).
     input_len
@@ -55,6 +55,10 @@ def throughput(
     """
     base = Options(enable_prefix_caching=False)
     options = settings(engine, common, base=base)
+    check_model(model, options)
+    if model is None and peer is not None:
+        raise ConfigError(f"--peer {peer}: dummy weights are this engine's own, give a model")
+    shown_model = f"{options.shape} (dummy weights)" if model is None else model
     batches = whole_numbers(batch, "--num-prompts")
     for name, value in (("num-prompts", min(batches)), ("input-len", input_len), ("output-len", output_len)):
         if value < 1:
@@ -84,7 +88,8 @@ def throughput(
         )
     facts = machine.facts()
     if json:
-        as_json({"model": model, "repeats": repeats, **facts, "rows": rows})
+        named = {"model": shown_model, "dummy_weights": model is None}
+        as_json({**named, "repeats": repeats, **facts, "rows": rows})
         return
     say(
         f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, {facts['isa']}; "
@@ -97,7 +102,8 @@ def throughput(
     }  # fmt: skip
     columns = [name for name, key in shown.items() if peer is not None or key not in ("decode_ratio", "same_tokens")]
     dtype, threads = rows[0]["dtype"], facts["threads"]
-    title = f"{input_len} prompt tokens, {output_len} produced, {dtype}, {threads} threads, median of {repeats}"
+    label = f"{shown_model}, " if model is None else ""
+    title = f"{label}{input_len} prompt tokens, {output_len} produced, {dtype}, {threads} threads, median of {repeats}"
     table(
         columns,
         [cells([row[shown[column]] for column in columns]) for row in rows],
@@ -106,7 +112,7 @@ def throughput(
 
 
 def _measure(
-    model: str,
+    model: str | None,
     options: Options,
     batches: list[int],
     lengths: tuple[int, int],
@@ -125,7 +131,7 @@ def _measure(
 
         runners, names = [engine_runner(llm)], [llm.config.precision.label]
         dtype = llm.config.dtype
-        if peers is not None:
+        if peers is not None and model is not None:
             if dtype not in peers:
                 with leaving_at_once():
                     peers[dtype] = transformers_runner(model, dtype=dtype)
