@@ -12,6 +12,7 @@ from omniserve.formats.kv import KVFormat, LayerPages
 class KVStore:
     """Pages of one head group, all layers: uint8 [L, pages, H, bytes]. Mutable memory.
 
+    scales, key_means: of each layer, [2, H] for a static format and [H, D] if the checkpoint has them
     pages   how many fit into `memory_bytes`
     layers  per layer, the typed views that attention writes and reads
     """
@@ -24,13 +25,20 @@ class KVStore:
         memory_bytes: int,
         scales: Sequence[Tensor] | None,
         device: torch.device,
+        key_means: Sequence[Tensor] | None = None,
     ) -> None:
         page_bytes = kv.page_bytes(spec.head_dim)
         self.pages = memory_bytes // (page_bytes * spec.kv_heads * spec.layers)
         shape = (spec.layers, self.pages, spec.kv_heads, page_bytes)
         self.memory = torch.zeros(shape, dtype=torch.uint8, device=device)
         self.layers = tuple(
-            LayerPages(self.memory[layer], kv, spec.head_dim, None if scales is None else scales[layer].to(device))
+            LayerPages(
+                self.memory[layer],
+                kv,
+                spec.head_dim,
+                None if scales is None else scales[layer].to(device),
+                None if key_means is None else key_means[layer].to(device),
+            )
             for layer in range(spec.layers)
         )
 

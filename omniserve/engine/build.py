@@ -9,7 +9,15 @@ from pathlib import Path
 import torch
 
 from omniserve.base import log
-from omniserve.base.config import DtypeName, EngineConfig, Options, Precision, choose_precision, resolve
+from omniserve.base.config import (
+    DtypeName,
+    EngineConfig,
+    Options,
+    Precision,
+    check_model,
+    choose_precision,
+    resolve,
+)
 from omniserve.base.errors import ConfigError
 from omniserve.base.numbers import human_bytes
 from omniserve.base.spec import Device, ModelSpec
@@ -21,11 +29,15 @@ from omniserve.engine.engine import Engine
 from omniserve.engine.executor import LocalExecutor
 from omniserve.engine.runner import Runner
 from omniserve.engine.scheduler import Scheduler
+from omniserve.formats.artifact import Scheme, Translated, key_means, scheme_of
 from omniserve.formats.checkpoint import Source, kv_scales, open_checkpoint
+from omniserve.formats.dummy import CONFIGS, DummySource
+from omniserve.formats.hub import fetch, hub_name
+from omniserve.formats.imports import translated
 from omniserve.formats.kv import KVFormat, kv_format
 from omniserve.formats.weight import weight_format
 from omniserve.models.decoder import Decoder
-from omniserve.models.families import check_tensors, family
+from omniserve.models.families import check_tensors, expected, family
 from omniserve.models.load import load_decoder
 from omniserve.ops.dispatch import choices
 from omniserve.ops.rope import make_rope
@@ -39,13 +51,17 @@ _LOG = log.get(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """What the engine takes, in bytes, and how long it took to get there, in seconds by phase."""
+    """What the engine takes, in bytes, and how long it took to get there, in seconds by phase.
+
+    rounding  how the weights got their precision, for people; empty for those that have the checkpoint's own 16 bit
+    """
 
     model: str
     weight_bytes: int
     kv_bytes: int
     kv_tokens: int
     kv_token_bytes: int
+    rounding: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -63,7 +79,7 @@ class Built:
 
 
 def build(
-    model: str | Path,
+    model: str | Path | None,
     options: Options,
     *,
     dtype: DtypeName | None = None,
@@ -71,23 +87,27 @@ def build(
 ) -> Built:
     """Load a model and return its engine.
 
+    model  a .gguf file, a folder or a name on huggingface.co; None if `options.shape` stands for one
     dtype  overrides `options.dtype`; float64 is for tests, in which laws hold token for token
     Raises OmniserveError.
     """
     started = time.perf_counter()
     device = find_device(options)
-    source = open_checkpoint(model, options.load_format)
+    source = open_source(model, options, on_load)
     spec = family(source.config).spec(source.config)
+    source = translated(source, spec)
     check_tensors(source, spec)
-    precision = choose_precision(options, None)
-    scales = kv_scales(source, spec.layers) if precision.kv == "kv8" else None
+    scheme = scheme_of(source)
+    stored = None if scheme is None else scheme.precision
+    precision = choose_precision(options, stored)
+    scales = kv_scales(source, spec.layers) if precision.kv == "kv8" and (not scheme or scheme.kv.static) else None
     chosen = dtype or _dtype(options, source, device)
     kv = kv_format(precision.kv, dtype=TORCH[chosen], static=scales is not None)
     config = resolve(
         options,
         spec,
         device,
-        stored=None,
+        stored=stored,
         dtype=chosen,
         token_bytes=kv.token_bytes(spec.kv_heads, spec.head_dim, spec.layers),
         free_bytes=device.memory_bytes // 2,
@@ -106,13 +126,14 @@ def build(
         progress=None if on_load is None else lambda done, total: on_load("load", done, total),
     )
     loaded = time.perf_counter()
-    engine, runner, store = make_engine(decoder, kv, config, policy, scales)
+    engine, runner, store = make_engine(decoder, kv, config, policy, scales, key_means(source, spec))
     plan = MemoryPlan(
-        model=Path(model).name,
+        model=Path(source.path if model is None else model).name,
         weight_bytes=decoder.weight_bytes,
         kv_bytes=store.nbytes,
         kv_tokens=store.pages * PAGE,
         kv_token_bytes=kv.token_bytes(spec.kv_heads, spec.head_dim, spec.layers),
+        rounding=_rounding(scheme, precision),
         seconds={"open": opened - started, "load": loaded - opened},
     )
     _LOG.info("plan %s", log.fields(**_described(plan, config)))
@@ -124,17 +145,61 @@ def build(
         spec=spec,
         config=config,
         plan=plan,
-        warnings=_warnings(precision, kv),
+        warnings=(*_labels(source), *_warnings(precision, scheme)),
     )
 
 
+def open_source(model: str | Path | None, options: Options, on_load: LoadProgress | None = None) -> Source:
+    """Return the checkpoint that `model` names, here or on huggingface.co, or dummy weights. Raises OmniserveError."""
+    check_model(model, options)
+    if options.shape is not None:
+        config = CONFIGS[options.shape]
+        return DummySource(options.shape, config, expected(family(config).spec(config)))
+    assert model is not None, "check_model"
+    name = hub_name(model)
+    if name is None or Path(model).exists():
+        if options.revision is not None:
+            raise ConfigError(f"revision={options.revision}: only a name on huggingface.co has revisions, not {model}")
+        return open_checkpoint(model, options.load_format)
+    place = fetch(
+        name,
+        revision=options.revision,
+        download_dir=options.download_dir,
+        offline=options.offline,
+        progress=None if on_load is None else lambda done, total: on_load("download", done, total),
+    )
+    return open_checkpoint(place, options.load_format)
+
+
+def _labels(source: Source) -> tuple[str, ...]:
+    """Return the warnings that go with weights which are not a model's, or were read from a foreign layout."""
+    if isinstance(source, Translated):
+        return source.notes
+    if not isinstance(source, DummySource):
+        return ()
+    return (f"{source.label}: speed and memory are real, text and quality are noise",)
+
+
 def make_engine(
-    decoder: Decoder, kv: KVFormat, config: EngineConfig, policy: Policy, scales: list[torch.Tensor] | None
+    decoder: Decoder,
+    kv: KVFormat,
+    config: EngineConfig,
+    policy: Policy,
+    scales: list[torch.Tensor] | None,
+    key_means: list[torch.Tensor] | None = None,
 ) -> tuple[Engine, Runner, KVStore]:
-    """Return an engine around a loaded model: pages as its memory allows, page tables, scheduler."""
+    """Return an engine around a loaded model: pages as its memory allows, page tables, scheduler.
+
+    scales, key_means  of each layer, if the checkpoint has them: static KV8 scales, means of the rotated keys
+    """
     limits = config.limits
     store = KVStore(
-        kv, decoder.spec, memory_bytes=config.cache.memory_bytes, scales=scales, device=decoder.embedding.device
+        kv,
+        decoder.spec,
+        memory_bytes=config.cache.memory_bytes,
+        scales=scales,
+        device=decoder.embedding.device,
+        key_means=key_means,
     )
     runner = Runner(
         decoder,
@@ -148,7 +213,8 @@ def make_engine(
         {kind: PagePool(store.pages) for kind in policy.kinds}, prefix_caching=config.cache.prefix_caching
     )
     scheduler = Scheduler(limits, cache, seed=config.seed)
-    return Engine(scheduler, LocalExecutor(runner), overlap=config.overlap), runner, store
+    executor = LocalExecutor(runner, reference=config.backend == "reference")
+    return Engine(scheduler, executor, overlap=config.overlap), runner, store
 
 
 TORCH: dict[DtypeName, torch.dtype] = {
@@ -180,6 +246,7 @@ def _described(plan: MemoryPlan, config: EngineConfig) -> dict[str, object]:
         "model": plan.model,
         "precision": config.precision.label.replace(" ", "-"),
         "dtype": config.dtype,
+        "rounding": plan.rounding.replace(" ", "-") or "none",
         "weights": human_bytes(plan.weight_bytes).replace(" ", ""),
         "kv": human_bytes(plan.kv_bytes).replace(" ", ""),
         "kv_tokens": plan.kv_tokens,
@@ -188,14 +255,27 @@ def _described(plan: MemoryPlan, config: EngineConfig) -> dict[str, object]:
     }
 
 
-def _warnings(precision: Precision, kv: KVFormat) -> tuple[str, ...]:
+def _rounding(scheme: Scheme | None, precision: Precision) -> str:
+    """Return how the weights got their precision."""
+    if precision.weight == "w16a16":
+        return ""
+    if scheme is None:
+        return "to nearest at load"
+    return "calibrated" if scheme.calibrated else "to nearest, stored"
+
+
+def _warnings(precision: Precision, scheme: Scheme | None) -> tuple[str, ...]:
+    """Return the sentences about a precision that was not calibrated for this model."""
     found = []
-    if precision.weight == "w4a8":
+    if precision.weight == "w4a8" and not (scheme and scheme.calibrated):
         measured = "3.7 times" if precision.group == -1 else "1.9 times"
         found.append(
             f"4-bit weights ({precision.label}) were rounded to nearest without calibration: perplexity of "
             f"SmolLM2-135M is {measured} its 16-bit value, answers may be nonsense; use --precision w8a8kv8"
+            if scheme is None
+            else f"the checkpoint's 4-bit weights ({precision.label}) were rounded to nearest without calibration: "
+            "answers may be nonsense; check with `omniserve eval fidelity`"
         )
-    elif precision.kv == "kv4":
+    elif precision.kv == "kv4" and (scheme is None or not (scheme.kv.bits == 4 or scheme.kv.key_mean)):
         found.append("4-bit KV without calibration ruins some models; check with `omniserve eval perplexity`")
     return tuple(found)

@@ -136,6 +136,8 @@ class LayerPages:
     pages     uint8 [pages, H, bytes], contiguous
     format, head_dim: what the bytes mean
     scale     [2, H] of K and V: given for static formats, else None
+    key_mean  [H, D] or None: is subtracted from the rotated keys before they are stored. Nothing is added back: all
+              scores of a query shift alike, and softmax does not see it (qoq.md section 3, step 6)
     Raises CheckpointError if a static scale is not positive in fp16.
     """
 
@@ -143,6 +145,7 @@ class LayerPages:
     format: KVFormat
     head_dim: int
     scale: Tensor | None = None
+    key_mean: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Check the shapes and make the views."""
@@ -150,6 +153,10 @@ class LayerPages:
         assert self.pages.dtype == torch.uint8 and self.pages.is_contiguous() and self.pages.shape[2] == expected, (
             f"LayerPages: pages is {self.pages.dtype} {list(self.pages.shape)}; "
             f"expected contiguous uint8 [pages, H, {expected}]"
+        )
+        mean = self.key_mean
+        assert mean is None or mean.shape == (self.pages.shape[1], self.head_dim), (
+            f"LayerPages: key_mean is {list(mean.shape)}; not [{self.pages.shape[1]}, {self.head_dim}]"
         )
         assert (self.scale is not None) == self.format.static, "LayerPages: scales belong to static formats alone"
         if self.scale is not None:
@@ -173,7 +180,7 @@ class LayerPages:
         return self.pages[..., self._split :].view(torch.float16).view(pages, heads, -1, PAGE)
 
     def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store k, v [T, H, D] at slots int64 [T]: physical page * 64 + offset; -1 skips the token.
+        """Store k - key_mean, v [T, H, D] at slots int64 [T]: physical page * 64 + offset; -1 skips the token.
 
         Writing twice is the same as writing once. Looks at the slots from the host: free on the CPU; a GPU
         implementation skips in its kernel.
@@ -182,13 +189,16 @@ class LayerPages:
             keep = slots >= 0
             slots, k, v = slots[keep], k[keep], v[keep]
         at = (slots >> 6, slots & 63)
+        if self.key_mean is not None:
+            wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+            k, v = k.to(wide) - self.key_mean.to(wide), v.to(wide)
         codes, params = self.format.encode(torch.stack((k, v), 2), self._static)
         self._codes_by_slot.index_put_(at, codes)
         if params is not None:
             self._params_by_slot.index_put_(at, params.flatten(2))
 
     def read(self, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return keys and values [R, H, P * 64, D] of the physical pages ids [R, P], de-quantized in `dtype`.
+        """Return keys (less their mean) and values [R, H, P * 64, D] of pages ids [R, P], de-quantized in `dtype`.
 
         An id below 0 (no page) reads page 0: the caller hides those keys, and unwritten places.
         """

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from omniserve.base.errors import CheckpointError
 from omniserve.base.numbers import ceil_div
-from omniserve.formats.w8a8 import bind_int8
+from omniserve.formats.w8a8 import bind_int8, snap
 from omniserve.formats.weight import (
     Field,
     Weight,
@@ -45,6 +45,12 @@ RATIOS = tuple(1 - step / 20 for step in range(11))
 
 SMALLEST = 2.0**-24
 """The smallest positive fp16: floor of stored scales."""
+
+TOP = 15
+"""Largest code; 0..15 are used."""
+
+STEEPEST = 17
+"""Largest scale of a group: 15 * 17 = 255."""
 
 CHUNK = 2**18
 """Weights that the clip search handles at once: they and two temporaries stay in a core's cache."""
@@ -81,7 +87,17 @@ def group_grid(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     scale = clip(rne((high - low) / 15), 1, 17), zero = rne(-low), whole numbers in the dtype of `low`. For every such
     range all codes 0..15 decode into -119..127. Source: qoq.md section 1, generation 2 with P = 119.
     """
-    return ((high - low) / 15).round_().clamp_(1, 17), (-low).round_()
+    return ((high - low) / TOP).round_().clamp_(1, STEEPEST), (-low).round_()
+
+
+def group_legal(scale: Tensor, zero: Tensor) -> Tensor:
+    """Return where all codes of a group with this scale and zero, whole numbers, decode into int8 (bool)."""
+    return (scale >= 1) & (scale <= STEEPEST) & (zero >= 0) & (zero <= 128) & (TOP * scale - zero <= 127)
+
+
+def level1_scale(w: Tensor, ratio: float = 1.0) -> Tensor:
+    """Return the row scales [N, 1] of the grouped form, fp16 values in the dtype of w: ratio * amax / 119."""
+    return (w.abs().amax(1, keepdim=True) * (ratio / PROTECTED)).clamp_(min=SMALLEST).half().to(w.dtype)
 
 
 def row_grid(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +105,7 @@ def row_grid(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
 
     scale = fp16((high - low) / 15), zero = fp16(-low). Source: qoq.md section 1, generation 2.
     """
-    return ((high - low) / 15).clamp_(min=SMALLEST).half().to(low.dtype), (-low).half().to(low.dtype)
+    return ((high - low) / TOP).clamp_(min=SMALLEST).half().to(low.dtype), (-low).half().to(low.dtype)
 
 
 Grid = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -97,7 +113,7 @@ Grid = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 def nearest(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """Return the codes clip(rne((x + zero) / scale), 0, 15) as uint8."""
-    return (x + zero).div_(scale).round_().clamp_(0, 15).to(torch.uint8)
+    return snap(x, scale, zero, 0, TOP).to(torch.uint8)
 
 
 def clip_search(x: Tensor, low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -120,7 +136,7 @@ def _error(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """Root of the squared rounding error [..., 1]."""
     inverse = scale.reciprocal()
     exact_code = torch.addcmul(zero * inverse, x, inverse)
-    miss = exact_code.round().clamp_(0, 15).sub_(exact_code)
+    miss = exact_code.round().clamp_(0, TOP).sub_(exact_code)
     norm: Tensor = torch.linalg.vector_norm(miss, dim=-1, keepdim=True)
     return norm.mul_(scale)
 
@@ -232,6 +248,24 @@ class W4A8:
         with _one_thread():
             return concat([make(part.float()) for part in torch.split(w, rows)])
 
+    def from_codes(self, codes: Tensor, scale: Tensor, zero: Tensor, level1: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the stored tensors of given codes 0..15 [N, K], of any dtype.
+
+        per row   scale, zero [N, 1]: w = codes * scale - zero
+        group 128 scale, zero [N, groups]: whole numbers; level1 [N, 1]: w = (codes * scale - zero) * level1
+        Raises CheckpointError unless all are finite, scales positive and every code decodes into int8.
+        """
+        outer = scale if level1 is None else level1
+        need_finite(scale + zero + outer)
+        row = {"codes": pack_columns(codes), "scale": outer[:, 0].half()}
+        if not bool((row["scale"] > 0).all()):
+            raise CheckpointError(f"a scale of {self.name} weights is not positive")
+        if level1 is None:
+            return row | {"zero": zero[:, 0].half()}
+        if not bool(group_legal(scale, zero).all()):
+            raise CheckpointError("codes of a w4a8-g128 group decode to values that int8 cannot hold")
+        return row | {"group_scale": scale.to(torch.uint8), "group_zero": zero.to(torch.uint8)}
+
     def dense(self, t: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weights [N, K] that the stored tensors mean."""
         codes, scale = unpack_columns(t["codes"]), t["scale"].to(dtype)[:, None]
@@ -286,7 +320,7 @@ def _row_form(w: Tensor) -> dict[str, Tensor]:
 def _group_form(w: Tensor) -> dict[str, Tensor]:
     """Stored tensors of some rows w fp32 [N, K], progressive."""
     n, k = w.shape
-    scale = (w.abs().amax(1, keepdim=True) / PROTECTED).clamp_(min=SMALLEST).half().float()
+    scale = level1_scale(w)
     need_finite(scale)
     level1 = (w / scale).clamp_(-PROTECTED, PROTECTED)
     whole = k // GROUP * GROUP

@@ -38,6 +38,21 @@ def gemm_w8a8(x: Tensor, a: Tensor, w: Tensor, scale: Tensor, bias: Tensor | Non
     return (y if bias is None else y.add_(bias)).to(dtype)
 
 
+TOP = 127
+"""Largest code; -127..127 are used."""
+
+
+def snap(x: Tensor, scale: Tensor, zero: Tensor | float, low: float, top: float) -> Tensor:
+    """Return the codes clip(rne((x + zero) / scale), low, top) in the dtype of x: how every weight grid rounds."""
+    return (x + zero).div_(scale).round_().clamp_(low, top)
+
+
+def symmetric_scale(w: Tensor, ratio: float = 1.0) -> Tensor:
+    """Return the scale [..., 1] of rows w [..., K]: ratio * amax / 127 in fp32; a row of zeros gets scale 1."""
+    scale = w.abs().amax(-1, keepdim=True).mul_(ratio / TOP).float()
+    return scale.masked_fill_(scale == 0, 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Int8Weight:
     """A linear of int8 codes with one scale per row, one byte per weight.
@@ -109,12 +124,19 @@ class W8A8:
         if w.dim() != 2:
             raise CheckpointError(f"a weight has shape {list(w.shape)}; expected [N, K]")
         wide = w.float()
-        amax = wide.abs().amax(1)
-        need_finite(amax)
-        scale = amax.div_(127)
-        scale.masked_fill_(scale == 0, 1)
-        codes = (wide / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8)
-        return {"codes": codes, "scale": scale}
+        scale = symmetric_scale(wide)
+        need_finite(scale)
+        return self.from_codes(snap(wide, scale, 0.0, -TOP, TOP), scale[:, 0])
+
+    def from_codes(self, codes: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        """Return the stored tensors of codes -127..127 [N, K], of any dtype, and scales [N].
+
+        Raises CheckpointError unless scales are positive finite numbers.
+        """
+        need_finite(scale)
+        if not bool((scale > 0).all()):
+            raise CheckpointError("a scale of w8a8 weights is not positive")
+        return {"codes": codes.to(torch.int8), "scale": scale.float()}
 
     def dense(self, t: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
         """Return codes * scale [N, K]."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from omniserve.base.errors import CheckpointError
 from omniserve.base.spec import Experts, ModelSpec
+from omniserve.formats.artifact import read_linear, scheme_of
 from omniserve.formats.checkpoint import Source
 from omniserve.formats.weight import Weight, WeightFormat, weight_format
 from omniserve.layers.attention import Attention
@@ -33,9 +34,9 @@ def load_decoder(
     rope: Rope,
     progress: Progress | None = None,
 ) -> Decoder:
-    """Return the decoder of a 16-bit checkpoint, its linears rounded to `weights` on the way.
+    """Return the decoder of a checkpoint: of a quantized one as stored, else its linears rounded to `weights`.
 
-    Raises CheckpointError naming a tensor that holds NaN or infinity.
+    Raises CheckpointError naming a tensor that holds NaN, infinity or values that its format does not allow.
     """
     reader = _Reader(source, weights, dtype, device)
     blocks = []
@@ -88,7 +89,7 @@ def _mlp(reader: "_Reader", prefix: str, names: tuple[str, str, str]) -> MLP:
 def _moe(reader: "_Reader", spec: ModelSpec, experts: Experts, prefix: str) -> MoE:
     names = expert_names(spec.family)
     shared = prefix + "mlp.shared_expert"
-    return MoE(
+    made = MoE(
         router=reader.dense(f"{prefix}{names.router}"),
         experts=tuple(_mlp(reader, f"{prefix}{names.experts}.{e}.", names.linears) for e in range(experts.count)),
         chosen=experts.chosen,
@@ -96,6 +97,13 @@ def _moe(reader: "_Reader", spec: ModelSpec, experts: Experts, prefix: str) -> M
         shared=_mlp(reader, shared + ".", NAMES) if experts.shared_ffn else None,
         shared_gate=reader.dense(shared + "_gate") if experts.shared_ffn else None,
     )
+    wanted = [part.wants.value for part in (*made.experts, *([made.shared] if made.shared else []))]
+    if len(set(wanted)) > 1:
+        raise CheckpointError(
+            f"the experts of {prefix}{names.experts} want their input as {' and as '.join(sorted(set(wanted)))}: gate "
+            "and up of all experts of a layer must have formats with the same activations"
+        )
+    return made
 
 
 def _rope(reader: "_Reader", spec: ModelSpec, attention: str, rope: Rope) -> Rope:
@@ -111,6 +119,7 @@ class _Reader:
 
     def __init__(self, source: Source, weights: WeightFormat, dtype: torch.dtype, device: torch.device) -> None:
         self._source = source
+        self._scheme = scheme_of(source)
         self._weights = weights
         self._dtype = dtype
         self._device = device
@@ -140,13 +149,34 @@ class _Reader:
 
     def linear(self, modules: Sequence[str]) -> Weight:
         """Return the fused weight of linears that read the same input, rows one after the other."""
-        stored = [self._weights.from_dense(self._finite(f"{module}.weight").to(self._device)) for module in modules]
+        form = self._format(modules)
+        stored = [self._stored(form, module) for module in modules]
         bias = None
         if f"{modules[0]}.bias" in self._source.names():
             bias = torch.cat([self._finite(f"{module}.bias").to(self._device, self._dtype) for module in modules])
-        weight = self._weights.bind(self._weights.concat(stored), bias=bias, dtype=self._dtype)
+        weight = form.bind(form.concat(stored), bias=bias, dtype=self._dtype)
         self.total_bytes += weight.nbytes
         return weight
+
+    def _format(self, modules: Sequence[str]) -> WeightFormat:
+        """Return the one format of linears that become one weight."""
+        if self._scheme is None:
+            return self._weights
+        forms = [self._scheme.form(module) for module in modules]
+        for module, form in zip(modules, forms, strict=True):
+            if form.name != forms[0].name:
+                raise CheckpointError(
+                    f"{self._source.path}: {modules[0]!r} is {forms[0].name} and {module!r} is {form.name}: linears "
+                    "that read the same input are one weight here and must share a format"
+                )
+        return forms[0]
+
+    def _stored(self, form: WeightFormat, module: str) -> dict[str, Tensor]:
+        """Return the stored tensors of one linear: as they are, or rounded from 16 bit."""
+        if self._scheme is None:
+            return form.from_dense(self._finite(f"{module}.weight").to(self._device))
+        tensors = read_linear(self._source, self._scheme, module)
+        return {name: tensor.to(self._device) for name, tensor in tensors.items()}
 
     def _finite(self, name: str) -> Tensor:
         tensor = self._source.tensor(name)

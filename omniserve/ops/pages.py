@@ -25,10 +25,14 @@ class PageStore(Protocol):
     """One layer of one head group's pages."""
 
     def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store k, v [T, H, D] at slots int64 [T] (physical page * 64 + offset; -1 skips a token)."""
+        """Store k, v [T, H, D] at slots int64 [T] (physical page * 64 + offset; -1 skips a token).
+
+        A store may subtract a fixed mean from each head's rotated keys first and need not add it back: all scores of a
+        query shift alike, so `attend` gives the same.
+        """
 
     def read(self, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return keys and values [R, H, P * 64, D] of pages ids [R, P], de-quantized."""
+        """Return keys and values [R, H, P * 64, D] of pages ids [R, P], de-quantized; keys less their mean."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
