@@ -56,7 +56,7 @@ def demo(
         Folder of the model; default: ~/.cache/omniserve/models.
     """
     need_torch()
-    options = replace(settings(NO_FLAGS, common), group_size=128, max_num_seqs=1)
+    options = replace(settings(NO_FLAGS, common), group_size=None, max_num_seqs=1)
     path = _model(download_dir or model_directory(), ask=not yes and sys.stdin.isatty())
     result(f"{SMOLLM2}: {SMOLLM2_BYTES / 1e6:.0f} MB, licence {SMOLLM2_LICENCE}\n  {path}")
     rows: dict[str, list[str]] = {}
