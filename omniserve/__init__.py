@@ -3,12 +3,13 @@
 from typing import TYPE_CHECKING
 
 from omniserve.base.types import SamplingParams
-from omniserve.base.version import VERSION as __version__
+from omniserve.base.version import VERSION
 
 if TYPE_CHECKING:
     from omniserve.llm import LLM
 
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "SamplingParams"]
+__version__ = VERSION
 
 
 def __getattr__(name: str) -> object:

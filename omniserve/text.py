@@ -3,6 +3,7 @@
 A tokenizer comes from the metadata of a GGUF file or from the tokenizer.json of a Hugging Face folder.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,23 @@ class Tokenizer:
         self.eos_ids = eos_ids
         self.vocab = max(core.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.special_ids = frozenset(i for i, token in core.get_added_tokens_decoder().items() if token.special)
+        self._source = template
+
+    def files(self) -> dict[str, bytes]:
+        """Return the files of a Hugging Face folder that say the same as this tokenizer, by name."""
+        settings: dict[str, object] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **self._words,
+            "add_bos_token": self.add_bos,
+            "clean_up_tokenization_spaces": False,
+        }
+        if self._source is not None:
+            settings["chat_template"] = self._source
+        made = {
+            "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False),
+            "generation_config.json": json.dumps({"eos_token_id": sorted(self.eos_ids)}, indent=2),
+        }
+        return {"tokenizer.json": self._core.to_str().encode()} | {name: text.encode() for name, text in made.items()}
 
     @staticmethod
     def load(

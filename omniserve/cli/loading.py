@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from omniserve import LLM
 
 OLDEST_TORCH = (2, 11)
-TORCH_LINE = "pip install 'torch>=2.11' --index-url https://download.pytorch.org/whl/cpu"
+TORCH_LINE = "pip install 'torch>=2.11'"
 
 
 def load(model: str | None, options: Options, *, quiet: bool = False, brief: bool = False, role: str = "") -> "LLM":
