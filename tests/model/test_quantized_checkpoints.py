@@ -27,7 +27,7 @@ FORMATS = {"w4a8-g128": ("w4a8", 128), "w4a8-row": ("w4a8", -1), "w8a8": ("w8a8"
 IDS = torch.randint(0, 97, (150,), generator=torch.Generator().manual_seed(2)).tolist()
 
 
-def opened(path: Path, precision: str = "auto", dtype: DtypeName | None = None, group: int = 128) -> Built:
+def opened(path: Path, precision: str = "auto", dtype: DtypeName | None = None, group: int | None = None) -> Built:
     options = Options(precision=precision, group_size=group, max_num_batched_tokens=64, max_num_seqs=4)
     return build(path, options, dtype=dtype)
 
@@ -96,6 +96,10 @@ def test_users_change_kv_alone(form: str, wrong: list[str], right: list[str], tm
     grouped = artefact(tmp_path / "g", Scheme(weights="w4a8-g128"))
     with pytest.raises(ConfigError, match="holds w4a8kv8 g128 weights, which cannot be served as w4a8kv4 per channel"):
         opened(grouped, "w4a8kv4", group=-1)
+    row = artefact(tmp_path / "r", Scheme(weights="w4a8-row"))
+    for word in ("auto", "w4a8kv4"):
+        with pytest.raises(ConfigError, match="the checkpoint holds w4a8kv8 per channel weights"):
+            opened(row, word, group=128)
 
 
 def test_warnings_tell_calibrated_from_rounded(tmp_path: Path) -> None:

@@ -247,7 +247,7 @@ FILES = {
     "no offsets": (raw({"a": {"dtype": "F32", "shape": [0]}}), "tensor 'a' has no dtype, shape and data_offsets"),
     "dtype": (raw({"a": entry([8], 0, 8, "F8_E4M3")}, 8), "tensor 'a' has dtype F8_E4M3, allowed are F32, F16, BF16"),
     "dtype list": (raw({"a": entry([8], 0, 8, [])}, 8), "tensor 'a' has dtype [], allowed are"),
-    "int64": (raw({"a": entry([1], 0, 8, "I64")}, 8), "tensor 'a' has dtype I64, allowed are"),
+    "float64": (raw({"a": entry([1], 0, 8, "F64")}, 8), "tensor 'a' has dtype F64, allowed are"),
     "negative": (raw({"a": entry([-2], 0, 8)}, 8), "tensor 'a' has an invalid shape or data_offsets"),
     "fraction": (raw({"a": entry([2.0], 0, 8)}, 8), "tensor 'a' has an invalid shape or data_offsets"),
     "truth": (raw({"a": entry([True], 0, 4)}, 4), "tensor 'a' has an invalid shape or data_offsets"),
