@@ -1,0 +1,123 @@
+"""`omniserve quantize`: a 16-bit model becomes a calibrated low-bit checkpoint; killed at any moment, it continues."""
+
+import importlib.resources
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from omniserve.base.config import GROUP, Options, Precision
+from omniserve.base.errors import ConfigError
+from omniserve.base.numbers import human_bytes
+from omniserve.cli.flags import Common, read_text
+from omniserve.cli.loading import leaving_at_once, load, need_torch
+from omniserve.cli.output import Bars, as_json, result, say, table, warn
+
+if TYPE_CHECKING:
+    from omniserve.evals.perplexity import Score
+    from omniserve.formats.checkpoint import Source
+    from omniserve.quantize.calibration import Calibration
+    from omniserve.quantize.recipe import Recipe
+    from omniserve.text import Tokenizer
+
+CHECKED = "roosevelt-1905.txt"
+"""The text, beside this package, on which the result is compared with the model."""
+WINDOW = 512
+
+
+def quantize(
+    model: str,
+    /,
+    *,
+    output: Annotated[Path, Parameter(name=["--output", "-o"])],
+    recipe: Path | None = None,
+    precision: str = "w4a8kv4",
+    group_size: int = GROUP,
+    calibration: Path | None = None,
+    quick: Annotated[bool, Parameter(negative="")] = False,
+    check: bool = True,
+    json: Annotated[bool, Parameter(negative="")] = False,
+    common: Common = Common(),  # noqa: ARG001, B008, RUF100  # the log level is read before; frozen
+) -> None:
+    """Quantize a 16-bit model (QoQ): rotation, smoothing, clip search, GPTQ, layer by layer.
+
+    Parameters
+    ----------
+    model
+        A .gguf file or a folder of safetensors, in 16 bit.
+    output
+        Folder to write. A run that was stopped continues there and ends with the same bytes.
+    recipe
+        TOML file with the passes; default: the one that ships for the precision.
+    precision
+        What to make: w4a8kv4, w4a8kv8, w8a8kv8, ...
+    group_size
+        Columns per scale of 4-bit weights: 128, or -1 per channel.
+    calibration
+        Text to calibrate on; default: public-domain speeches that ship with omniserve.
+    quick
+        Round to nearest with a clip search: no calibration, seconds instead of minutes, worse.
+    check
+        Compare perplexity before and after through the served path.
+    json
+        Print one JSON object.
+    """
+    need_torch()
+    with leaving_at_once():
+        from omniserve.formats.checkpoint import open_checkpoint
+        from omniserve.quantize import recipe as recipes
+        from omniserve.quantize.stream import quantize as run
+        from omniserve.text import Tokenizer
+    chosen = recipes.read(recipe) if recipe else recipes.for_precision(Precision.parse(precision, group_size))
+    if quick:
+        chosen = replace(chosen.without(recipes.PASSES), name=f"{chosen.name}-quick")
+    source = open_checkpoint(model)
+    tokenizer = Tokenizer.load(source)
+    samples = _calibration(source, tokenizer, chosen, calibration) if chosen.calibrated else None
+    with Bars(quiet=json) as bars:
+        made = run(source, chosen, output, calibration=samples, files=tokenizer.files(), progress=bars.update)
+    if made.resumed:
+        say(f"continued after {made.resumed} layers of an earlier run")
+    if chosen.calibrated is False:
+        warn("rounded to nearest without calibration (--quick): compare with `omniserve eval fidelity`")
+    scores = _compared(model, output) if check else {}
+    size = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    if json:
+        rows = {name: {"perplexity": score.perplexity, "kl": score.kl} for name, score in scores.items()}
+        as_json({"folder": str(output), "recipe": chosen.name, "bytes": size, "resumed": made.resumed, "check": rows})
+        return
+    if scores:
+        lines = [[name, f"{s.perplexity:.3f}", "" if s.kl is None else f"{s.kl:.4f}"] for name, s in scores.items()]
+        table(["served", "perplexity", "KL (nats)"], lines, title=f"{CHECKED}, {WINDOW} tokens")
+    result(f"{output}: {chosen.name}, {human_bytes(size)}")
+
+
+def _calibration(source: "Source", tokenizer: "Tokenizer", recipe: "Recipe", file: Path | None) -> "Calibration":
+    """Return the samples that a recipe asks for, of the user's text or the shipped one."""
+    from omniserve.models.families import family
+    from omniserve.quantize.calibration import DEFAULT, cut, shipped_text
+
+    text = shipped_text() if file is None else read_text(file, "calibration text")
+    ids = tokenizer.encode(text, special=False)
+    spec = family(source.config).spec(source.config)
+    assert recipe.calibration is not None, recipe
+    return cut(ids, recipe.calibration, spec, origin=DEFAULT if file is None else file.name)
+
+
+def _compared(model: str, output: Path) -> "Mapping[str, Score]":
+    """Return perplexity before and after, and the KL between them, through the served path."""
+    from omniserve.evals.perplexity import measure
+
+    options = Options(max_model_len=WINDOW, max_num_seqs=1)
+    with load(model, replace(options, precision="w16a16kv16"), quiet=True, brief=True) as before:
+        if before.spec.context < WINDOW:
+            raise ConfigError(f"the model's context of {before.spec.context} tokens is too short for the check")
+        text = importlib.resources.files("omniserve.cli").joinpath("data", CHECKED).read_text("utf-8")
+        window = before.tokenizer.encode(text, special=False)[:WINDOW]
+        with load(str(output), options, quiet=True, brief=True) as after:
+            return {
+                "w16a16kv16": measure(before, [window]),
+                after.config.precision.label: measure(after, [window], reference=before),
+            }
