@@ -15,6 +15,7 @@ from omniserve.cli.fidelity import fidelity
 from omniserve.cli.flags import Common, with_dashes
 from omniserve.cli.quality import perplexity
 from omniserve.cli.quantize import quantize
+from omniserve.cli.serve import serve
 from omniserve.cli.speed import throughput
 
 app = App(
@@ -27,6 +28,7 @@ evaluate = App(name="eval", help="Quality of a model: perplexity, fidelity.")
 bench = App(name="bench", help="Speed of a model: throughput.")
 app.command(generate)
 app.command(chat)
+app.command(serve)
 app.command(quantize)
 app.command(convert)
 app.command(evaluate)

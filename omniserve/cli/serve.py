@@ -1,0 +1,156 @@
+"""`omniserve serve`: an HTTP server that speaks OpenAI's API."""
+
+import os
+import sys
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+
+from cyclopts import Group, Parameter
+
+from omniserve.base.config import Options, environment, options_from
+from omniserve.base.errors import ConfigError
+from omniserve.cli.flags import NO_FLAGS, Common, EngineFlags, Whole, given, read_config
+from omniserve.cli.loading import leaving_at_once, need_torch
+from omniserve.cli.output import Bars, say, warn
+
+if TYPE_CHECKING:
+    from omniserve.server.limits import ServerOptions
+
+SERVER = Group("Server", sort_key=0)
+Several = Annotated[list[str] | None, Parameter(negative="", consume_multiple=False)]
+
+
+@Parameter(name="*", group=SERVER)
+@dataclass(frozen=True, kw_only=True)
+class ServerFlags:
+    """Flags of the server; those that are not given are None.
+
+    Parameters
+    ----------
+    host
+        Address to listen at (default 127.0.0.1: this machine only).
+    port
+        Port to listen at (default 8000).
+    uds
+        Listen at this unix socket instead, which this user alone can connect to.
+    api_key
+        Key that requests must bring; may be given several times. Better kept in the --config file, as api-key.
+    served_model_name
+        Name of the model for clients; may be given several times.
+    allowed_origins
+        Origin whose web pages may call this server; may be given several times.
+    ui
+        Serve a web page at /.
+    metrics_prefix
+        Prefix of the metrics' names (default omniserve; vllm gives vLLM's names).
+    shutdown_timeout
+        Seconds that requests under way get after SIGTERM (default 30).
+    max_num_queued_reqs
+        Sequences that may wait and run (default 1024); more are answered with 503.
+    max_num_queued_tokens
+        Prompt tokens that may wait for their first token; default: no limit.
+    scheduling_policy
+        Order in which requests are served: fcfs.
+    log_json
+        Log one JSON object per line.
+    """
+
+    host: str | None = None
+    port: Whole | None = None
+    uds: str | None = None
+    api_key: Several = None
+    served_model_name: Several = None
+    allowed_origins: Several = None
+    ui: bool | None = None
+    metrics_prefix: str | None = None
+    shutdown_timeout: float | None = None
+    max_num_queued_reqs: Whole | None = None
+    max_num_queued_tokens: Whole | None = None
+    scheduling_policy: Literal["fcfs", "priority"] | None = None
+    log_json: Annotated[bool, Parameter(negative="")] = False
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ServeCommon(Common):
+    """Flags of every command; a server logs what it does.
+
+    Parameters
+    ----------
+    log_level
+        Lowest level of the log, which goes to standard error.
+    """
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+def serve(
+    model: str | None = None,
+    /,
+    *,
+    server: ServerFlags = ServerFlags(),
+    engine: EngineFlags = NO_FLAGS,
+    common: ServeCommon = ServeCommon(),
+) -> NoReturn:
+    """Serve a model over HTTP with OpenAI's API. SIGTERM lets requests finish, Ctrl-C does not.
+
+    Parameters
+    ----------
+    model
+        A .gguf file, a model folder or a name on huggingface.co.
+    """
+    if server.scheduling_policy == "priority":
+        raise ConfigError("scheduling_policy=priority: this version serves in order of arrival (fcfs) only")
+    with leaving_at_once():
+        from omniserve.base.config import check_model
+        from omniserve.client import LoadError
+        from omniserve.server.run import configure_log
+        from omniserve.server.run import serve as run
+        from omniserve.server.service import Service
+    need_torch()
+    options, serving = settings(server, engine, common)
+    check_model(model, options)
+    configure_log(common.log_level, as_json=server.log_json)
+    if not (serving.loopback or serving.uds or serving.api_key):
+        warn(f"others can reach {serving.host} and there is no API key: give one with api-key in the --config file")
+    with Bars(quiet=server.log_json) as bars:
+
+        def ready(address: str) -> None:
+            bars.__exit__(None, None, None)
+            loaded = service.ready
+            assert loaded is not None
+            for sentence in loaded.warnings:
+                warn(sentence)
+            if not server.log_json:
+                say(f"Ready on {address} (page, docs, metrics); model {service.names[0]}")
+
+        service = Service(model, options, serving, on_progress=bars.update)
+        try:
+            code = run(service, on_ready=ready)
+        except LoadError as error:
+            raise RuntimeError(f"the engine was not loaded: {error}") from None
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process now: a thread may be in the middle of an import, or of a long text, and nobody waits for it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def settings(server: ServerFlags, engine: EngineFlags, common: Common) -> "tuple[Options, ServerOptions]":
+    """Return the options of engine and server: flag, then environment, then `--config` file."""
+    from omniserve.server.limits import ServerOptions, server_options
+
+    in_file = {} if common.config is None else read_config(common.config)
+    names = {option.name for option in fields(ServerOptions)}
+    origin = str(common.config)
+    options = options_from({k: v for k, v in in_file.items() if k not in names}, origin=origin)
+    options = options_from(environment(), origin="environment", base=options)
+    options = options_from(given(engine), origin="command line", base=options)
+    serving = server_options({k: v for k, v in in_file.items() if k in names}, origin=origin)
+    flags = {option.name: getattr(server, option.name, None) for option in fields(ServerOptions)}
+    return options, server_options(
+        {k: v for k, v in flags.items() if v is not None}, origin="command line", base=serving
+    )
