@@ -17,6 +17,9 @@ import pytest
 from tests.cli.commands import ROOT, environment
 from tests.server.harness import Server, answer_of, check_error, events, eventually, request_bytes, serving
 
+pytestmark = pytest.mark.long
+"""These look at clocks: on a machine whose cores are all busy they can fail. `make test-long` runs them."""
+
 LETTERS = {"prompt": [1, 2, 3], "temperature": 0, "ignore_eos": True}
 
 
