@@ -49,7 +49,7 @@ def snap(x: Tensor, scale: Tensor, zero: Tensor | float, low: float, top: float)
 
 def symmetric_scale(w: Tensor, ratio: float = 1.0) -> Tensor:
     """Return the scale [..., 1] of rows w [..., K]: ratio * amax / 127 in fp32; a row of zeros gets scale 1."""
-    scale = w.abs().amax(-1, keepdim=True).mul_(ratio / TOP).float()
+    scale = w.abs().amax(-1, keepdim=True).mul_(ratio).div_(TOP).float()
     return scale.masked_fill_(scale == 0, 1)
 
 
