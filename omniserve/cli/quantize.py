@@ -4,15 +4,15 @@ import importlib.resources
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from omniserve.base.config import GROUP, Options, Precision
 from omniserve.base.errors import ConfigError
 from omniserve.base.numbers import human_bytes
-from omniserve.cli.flags import Common, read_text
-from omniserve.cli.loading import leaving_at_once, load, need_torch
+from omniserve.cli.flags import Common, Whole, read_text
+from omniserve.cli.loading import leaving_at_once, load, need_torch, words
 from omniserve.cli.output import Bars, as_json, result, say, table, warn
 
 if TYPE_CHECKING:
@@ -36,6 +36,10 @@ def quantize(
     precision: str = "w4a8kv4",
     group_size: int = GROUP,
     calibration: Path | None = None,
+    samples: Whole | None = None,
+    stride: Whole | None = None,
+    without: str | None = None,
+    static_kv: Literal["head", "tensor"] | None = None,
     quick: Annotated[bool, Parameter(negative="")] = False,
     check: bool = True,
     json: Annotated[bool, Parameter(negative="")] = False,
@@ -57,6 +61,15 @@ def quantize(
         Columns per scale of 4-bit weights: 128, or -1 per channel.
     calibration
         Text to calibrate on; default: public-domain speeches that ship with omniserve.
+    samples
+        Samples of the calibration text; default: as the recipe says. More are slower and mostly better.
+    stride
+        Tokens between the starts of samples; default: spread evenly over the text.
+    without
+        Passes to leave out, with commas between them: rotate, reorder, keys, smooth, solve, or one switch of a pass
+        such as rotate.heads.
+    static_kv
+        With 8-bit KV: one fixed scale per key head, or one per layer (tensor), instead of one per token and head.
     quick
         Round to nearest with a clip search: no calibration, seconds instead of minutes, worse.
     check
@@ -71,18 +84,20 @@ def quantize(
         from omniserve.quantize.stream import quantize as run
         from omniserve.text import Tokenizer
     chosen = recipes.read(recipe) if recipe else recipes.for_precision(Precision.parse(precision, group_size))
+    chosen = _adjusted(chosen, samples, stride, without, static_kv)
     if quick:
         chosen = replace(chosen.without(recipes.PASSES), name=f"{chosen.name}-quick")
     source = open_checkpoint(model)
     tokenizer = Tokenizer.load(source)
-    samples = _calibration(source, tokenizer, chosen, calibration) if chosen.calibrated else None
+    text = _calibration(source, tokenizer, chosen, calibration) if chosen.calibrated else None
     with Bars(quiet=json) as bars:
-        made = run(source, chosen, output, calibration=samples, files=tokenizer.files(), progress=bars.update)
+        made = run(source, chosen, output, calibration=text, files=tokenizer.files(), progress=bars.update)
     if made.resumed:
         say(f"continued after {made.resumed} layers of an earlier run")
     if chosen.calibrated is False:
         warn("rounded to nearest without calibration (--quick): compare with `omniserve eval fidelity`")
     scores = _compared(model, output) if check else {}
+    _draw(made.report, output)
     size = sum(file.stat().st_size for file in output.glob("*.safetensors"))
     if json:
         rows = {name: {"perplexity": score.perplexity, "kl": score.kl} for name, score in scores.items()}
@@ -92,6 +107,27 @@ def quantize(
         lines = [[name, f"{s.perplexity:.3f}", "" if s.kl is None else f"{s.kl:.4f}"] for name, s in scores.items()]
         table(["served", "perplexity", "KL (nats)"], lines, title=f"{CHECKED}, {WINDOW} tokens")
     result(f"{output}: {chosen.name}, {human_bytes(size)}")
+
+
+def _adjusted(
+    recipe: "Recipe", samples: int | None, stride: int | None, without: str | None, static_kv: str | None
+) -> "Recipe":
+    """Return the recipe with what the command line says about it."""
+    if without is not None:
+        recipe = recipe.without(words(without, "--without"))
+    if static_kv is not None:
+        if recipe.kv.keys != 8:
+            raise ConfigError(
+                f"--static-kv {static_kv}: static scales exist for 8-bit KV, not for {recipe.kv.keys} bits"
+            )
+        recipe = replace(recipe, kv=replace(recipe.kv, range=static_kv))
+    given = {name: number for name, number in (("samples", samples), ("stride", stride)) if number is not None}
+    for name, number in given.items():
+        if number < 1:
+            raise ConfigError(f"--{name}={number}: must be 1 or more")
+        if recipe.calibration is None:
+            raise ConfigError(f"--{name}: recipe {recipe.name} has no table [calibration]")
+    return recipe if recipe.calibration is None else replace(recipe, calibration=replace(recipe.calibration, **given))
 
 
 def _calibration(source: "Source", tokenizer: "Tokenizer", recipe: "Recipe", file: Path | None) -> "Calibration":
@@ -104,6 +140,14 @@ def _calibration(source: "Source", tokenizer: "Tokenizer", recipe: "Recipe", fil
     spec = family(source.config).spec(source.config)
     assert recipe.calibration is not None, recipe
     return cut(ids, recipe.calibration, spec, origin=DEFAULT if file is None else file.name)
+
+
+def _draw(report: "Mapping[str, Any]", output: Path) -> None:
+    """Write the report as a picture beside its JSON, where matplotlib is installed."""
+    from omniserve.quantize.report import picture
+
+    if (png := picture(report)) is not None:
+        (output / "quantize-report.png").write_bytes(png)
 
 
 def _compared(model: str, output: Path) -> "Mapping[str, Score]":

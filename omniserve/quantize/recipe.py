@@ -95,7 +95,7 @@ class Solve:
 
     search   ranges by the Hessian-weighted error instead of the full range
     gptq     propagate each column's error to the columns behind it
-    damp     of GPTQ, relative to the mean diagonal of the Hessian
+    damp     of GPTQ and what follows it, relative to the mean diagonal of the Hessian
     descend  rounds of improving single codes after GPTQ
     refine   improve scales and zeros with the codes fixed, after each round
     reaim    δ of the aim at the outputs of the unquantized model; 0: none
@@ -106,8 +106,6 @@ class Solve:
     damp: float = 0.01
     descend: int = 0
     refine: bool = True
-    ridge: float = 0.01
-    balance: float = 0.0
     reaim: float = 0.5
 
 

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from omniserve.base.errors import CheckpointError
 from omniserve.base.spec import ModelSpec
 from omniserve.formats.weight import WeightFormat
 from omniserve.quantize.forward import round_int8
@@ -87,9 +88,13 @@ def _search(
     wanted, best, least = x @ w.T, candidates[0], torch.inf
     for pair in candidates:
         f = factor(pair)
-        error = float((round_int8(x / f) @ rounded(w * f, form).T - wanted).square().sum())
-        if error < least:
-            best, least = pair, error
+        try:
+            given = round_int8(x / f) @ rounded(w * f, form).T
+        except CheckpointError as error:
+            raise CheckpointError(f"{linear.name}.weight: {error}") from None
+        miss = float((given - wanted).square().sum())
+        if miss < least:
+            best, least = pair, miss
     return best
 
 

@@ -100,7 +100,7 @@ def solve(w: Tensor, h: Tensor, form: WeightFormat, options: Solve) -> Solved:
         raise CheckpointError("the calibration activations hold NaN or infinity")
     form.fields(*w.shape)
     h = normalized(h)
-    flat, damped = h.float(), (h + torch.eye(len(h), dtype=h.dtype, device=h.device) * options.ridge).float()
+    flat, damped = h.float(), (h + torch.eye(len(h), dtype=h.dtype, device=h.device) * options.damp).float()
     factor = inverse_factor(h, options.damp) if options.gptq else None
     stored: list[dict[str, Tensor]] = []
     errors: list[dict[str, Tensor]] = []

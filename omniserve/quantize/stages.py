@@ -253,10 +253,8 @@ class Moments:
         self.c = torch.zeros_like(self.h) if aim else None
         self.tokens = 0
 
-    def add(self, x: Tensor, rounded: Tensor, share: Tensor | None = None) -> None:
-        """Take in inputs x and x̂ [t, K] of the same tokens; share [t, 1]: what an error of a token counts, 1 each."""
-        if share is not None:
-            x, rounded = x * share, rounded * share
+    def add(self, x: Tensor, rounded: Tensor) -> None:
+        """Take in inputs x and x̂ [t, K] of the same tokens."""
         self.h += rounded.T @ rounded
         if self.c is not None:
             self.c += (x - rounded).T @ rounded
@@ -293,7 +291,7 @@ class _Solver:
                 x, rounded = streams.plain[sample], streams.rounded[sample]
                 o = self._attended(layer, forward.norm(x, layer.norm1), at, PLAIN)
                 o_rounded = self._attended(served, round_int8(forward.norm(rounded, served.norm1)), at, cache)
-                moments.add(o, round_int8(o_rounded), self._share(streams.middle[sample]))
+                moments.add(o, round_int8(o_rounded))
                 attended.add(round_int8(o_rounded))
         (out,) = self._solve((layer.out,), moments, stored)
         with streams.middle_rounded.writer() as middle:
@@ -417,15 +415,7 @@ class _Solver:
                 own, fed = (h, inputs) if token is None or everything else (h[token], inputs[token])
                 if down:
                     own, fed = forward.inner(layer.all_parts[number], own), round_int8(forward.inner(part, fed))
-                share = self._share(streams.next_plain[sample]) if down else None
-                share = share if share is None or token is None or everything else share[token]
-                moments[block.index(number)].add(own, fed, share)
-
-    def _share(self, x: Tensor) -> Tensor | None:
-        """Return what an error added to the residual x [T, C] counts: 1 / its size, which the next norm divides by."""
-        if self._options is None or not self._options.balance:
-            return None
-        return (x.square().mean(-1, keepdim=True) + self._work.spec.norm_eps).pow(-self._options.balance / 2)
+                moments[block.index(number)].add(own, fed)
 
     def _moments(self, linear: Linear) -> Moments:
         return Moments(linear.weight.shape[1], self._work.device, aim=self._delta > 0)

@@ -59,6 +59,10 @@ def test_quick_needs_no_text(tiny: Path, tmp_path: Path, run: Run) -> None:
         (["--precision", "w5"], "must be one of w4a8kv4"),
         (["--recipe", "nowhere.toml"], "the recipe cannot be read"),
         (["--calibration", "nowhere.txt"], "nowhere.txt"),
+        (["--without", "rotat"], "did you mean rotate"),
+        (["--samples", "0"], "--samples=0: must be 1 or more"),
+        (["--samples", "9999"], "more text or fewer samples"),
+        (["--static-kv", "head"], "static scales exist for 8-bit KV"),
     ],
 )
 def test_mistakes(words: list[str], sentence: str, tiny: Path, tmp_path: Path, run: Run) -> None:

@@ -1,11 +1,13 @@
 """The whole run: artefacts that describe themselves, streaming against the whole model, killed and resumed runs."""
 
+import gc
 import json
 import os
 import random
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,92 @@ def test_nothing_but_what_is_asked_for_changes(tiny: Path, tmp_path: Path) -> No
         wanted = given.tensor(name).double()
         limit = wanted.abs().max() / 127 if name.endswith("proj.weight") else wanted.abs().max() / 2000
         assert float((made[name] - wanted).abs().max()) <= limit, name
+
+
+@pytest.mark.parametrize("range_", ["head", "tensor"])
+def test_static_scales(range_: str, tiny: Path, tmp_path: Path) -> None:
+    """They cover what the calibration text showed; the largest of a layer serves all heads, if one scale is asked."""
+    recipe = small("w8a8kv8")
+    out = run(tiny, tmp_path / "out", replace(recipe, kv=replace(recipe.kv, range=range_)))
+    scale = decoded(out)["model.layers.0.self_attn.kv_scale"]
+    assert scale.shape == (2, 2)
+    assert bool((scale > 0).all())
+    assert (len(scale[0].unique()) == 1) == (range_ == "tensor")
+    ids = torch.randint(0, 97, (60,), generator=torch.Generator().manual_seed(7)).tolist()
+    wanted = read(tiny, torch.float32).logits(ids)
+    near = torch.corrcoef(torch.stack([wanted.flatten(), served_logits(out, ids).flatten()]))[0, 1]
+    assert near > 0.98
+
+
+def test_an_override_is_stored_in_its_own_format(tiny: Path, tmp_path: Path) -> None:
+    recipe = small("w4a8kv4-g128")
+    module = "model.layers.1.mlp.down_proj"
+    out = run(tiny, tmp_path / "out", replace(recipe, weights=replace(recipe.weights, overrides={module: "w8a8"})))
+    source = open_checkpoint(out)
+    assert source.dtype(f"{module}.codes") == torch.int8
+    assert source.dtype(f"{module.replace('1', '0')}.codes") == torch.uint8
+
+
+def test_damaged_weights_are_named(tiny: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(tiny / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    for change, sentence in (
+        (lambda w: w.index_fill(0, torch.tensor([3]), float("nan")), f"{name} holds NaN"),
+        (torch.zeros_like, f"all values of tensor {name} are 0"),
+        (lambda w: w * 1e36, r"layers\.1\.mlp\.down_proj"),
+    ):
+        save_file(weights | {name: change(weights[name])}, tiny / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=sentence):
+            run(tiny, tmp_path / sentence[:3])
+    save_file({n: w for n, w in weights.items() if n != name}, tiny / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{name}' is missing"):
+        run(tiny, tmp_path / "missing")
+
+
+def test_dead_channels_are_no_damage(tiny: Path, tmp_path: Path) -> None:
+    """A neuron that never fires, a head whose values are zero."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(tiny / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][5] = 0
+    weights["model.layers.0.self_attn.v_proj.weight"][:16] = 0
+    save_file(weights, tiny / "model.safetensors", metadata={"format": "pt"})
+    ids = list(range(50))
+    for recipe in RECIPES:
+        assert torch.isfinite(served_logits(run(tiny, tmp_path / recipe, recipe), ids)).all()
+
+
+def test_memory_is_one_layer_not_the_model(tmp_path: Path) -> None:
+    """Four layers hold no more tensors at any step than two, and no more than a few layers."""
+    models = [tiny_model(tmp_path / f"model-{n}", layers=n) for n in (2, 4)]
+    few, many = (held_bytes(model, tmp_path / f"out-{model.name}") for model in models)
+    layer = 4 * (64 * 64 * 3 + 3 * 64 * 160)
+    activations = 4 * 3 * 40 * 64
+    assert many <= few * 1.01
+    assert many < 4 * layer + 4 * activations + 8 * 2 * 160 * 160
+
+
+def held_bytes(model: Path, out: Path) -> int:
+    """The most bytes of tensors that are alive between two steps of a run, beyond those alive before it."""
+
+    def alive() -> int:
+        gc.collect()
+        tensors = [found for found in gc.get_objects() if type(found) is torch.Tensor]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    seen = [0]
+    source = open_checkpoint(model)
+    start = alive()
+    quantize(
+        source,
+        small("w4a8kv4-g128"),
+        out,
+        calibration=calibration(model),
+        progress=lambda phase, done, total: seen.append(alive() - start),
+    )
+    return max(seen)
 
 
 # killed and resumed
