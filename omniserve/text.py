@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from omniserve.base.errors import CheckpointError, ConfigError, RequestError
 from omniserve.formats.checkpoint import Source, open_checkpoint, read_json
@@ -34,9 +34,10 @@ _HALF = "\ufffd"
 class Tokenizer:
     """Text to token ids and back, and the model's chat template. Immutable.
 
-    bos      id of the token that begins a text, or None
-    add_bos  whether `encode` puts it in front
-    eos_ids  tokens that end an answer
+    bos       id of the token that begins a text, or None
+    add_bos   whether `encode` puts it in front
+    eos_ids   tokens that end an answer
+    template  source of the chat template, or None
     """
 
     def __init__(
@@ -59,23 +60,42 @@ class Tokenizer:
         self.eos_ids = eos_ids
         self.vocab = max(core.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.special_ids = frozenset(i for i, token in core.get_added_tokens_decoder().items() if token.special)
-        self._source = template
+        self.template = template
 
-    def files(self) -> dict[str, bytes]:
-        """Return the files of a Hugging Face folder that say the same as this tokenizer, by name."""
+    def files(self, *, max_model_len: int | None = None) -> dict[str, bytes]:
+        """Return the files of a Hugging Face folder that say the same as this tokenizer, by name.
+
+        max_model_len  longest sequence of the model, if the files are to tell it
+        """
         settings: dict[str, object] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **self._words,
             "add_bos_token": self.add_bos,
             "clean_up_tokenization_spaces": False,
         }
-        if self._source is not None:
-            settings["chat_template"] = self._source
+        if max_model_len is not None:
+            settings["model_max_length"] = max_model_len
+        if self.template is not None:
+            settings["chat_template"] = self.template
         made = {
             "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False),
             "generation_config.json": json.dumps({"eos_token_id": sorted(self.eos_ids)}, indent=2),
         }
-        return {"tokenizer.json": self._core.to_str().encode()} | {name: text.encode() for name, text in made.items()}
+        return {"tokenizer.json": self._stored().encode()} | {name: text.encode() for name, text in made.items()}
+
+    def _stored(self) -> str:
+        """Return tokenizer.json. What other libraries put around a text is what `encode` puts there: BOS or nothing."""
+        text = self._core.to_str()
+        if self._core.encode("a", add_special_tokens=True).ids == self.encode("a"):
+            return text
+        stored = tokenizers.Tokenizer.from_str(text)
+        stored.post_processor = None
+        if self.add_bos:
+            bos = self._words["bos_token"]
+            stored.post_processor = processors.TemplateProcessing(
+                single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, self.bos)]
+            )
+        return stored.to_str()
 
     @staticmethod
     def load(

@@ -17,6 +17,7 @@ from omniserve.cli.quality import perplexity
 from omniserve.cli.quantize import quantize
 from omniserve.cli.serve import serve
 from omniserve.cli.speed import throughput
+from omniserve.cli.tokenizer import export_tokenizer
 
 app = App(
     name="omniserve",
@@ -31,6 +32,7 @@ app.command(chat)
 app.command(serve)
 app.command(quantize)
 app.command(convert)
+app.command(export_tokenizer)
 app.command(evaluate)
 app.command(bench)
 app.command(doctor)

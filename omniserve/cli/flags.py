@@ -62,6 +62,25 @@ else:
 
 NO_FLAGS = EngineFlags()
 
+_OF_THE_MODEL = ("revision", "download_dir", "offline", "chat_template")
+
+if TYPE_CHECKING:
+
+    class ModelFlags:
+        """The flags that were given about where a model is, for commands that do not run it."""
+else:
+    ModelFlags = Parameter(name="*", group=ENGINE)(
+        make_dataclass(
+            "ModelFlags",
+            [_flag(option) for option in fields(Options) if option.name in _OF_THE_MODEL],
+            frozen=True,
+            kw_only=True,
+            namespace={"__module__": __name__},
+        )
+    )
+
+NO_MODEL_FLAGS = ModelFlags()
+
 
 @Parameter(name="*", group=COMMON)
 @dataclass(frozen=True, kw_only=True)
@@ -125,13 +144,13 @@ class SamplingFlags:
         )
 
 
-def given(flags: EngineFlags) -> dict[str, Any]:
+def given(flags: EngineFlags | ModelFlags) -> dict[str, Any]:
     """Return the engine flags that were given on the command line."""
-    values = {option.name: getattr(flags, option.name) for option in fields(Options)}
+    values = {option.name: getattr(flags, option.name, None) for option in fields(Options)}
     return {name: value for name, value in values.items() if value is not None}
 
 
-def settings(flags: EngineFlags, common: Common, *, base: Options | None = None) -> Options:
+def settings(flags: EngineFlags | ModelFlags, common: Common, *, base: Options | None = None) -> Options:
     """Return the options of an engine: flag, then environment, then `--config` file, then `base`."""
     options = layers(flags, common, base=base)[0]
     if options.precision != "auto":  # before torch is imported and the model is read
@@ -139,7 +158,9 @@ def settings(flags: EngineFlags, common: Common, *, base: Options | None = None)
     return options
 
 
-def layers(flags: EngineFlags, common: Common, *, base: Options | None = None) -> tuple[Options, dict[str, str]]:
+def layers(
+    flags: EngineFlags | ModelFlags, common: Common, *, base: Options | None = None
+) -> tuple[Options, dict[str, str]]:
     """Return the options of an engine and where each value comes from.
 
     Raises ConfigError for an unknown key, a wrong type or a value that is not allowed, with its origin.
