@@ -24,10 +24,9 @@ from omniserve.base.types import (
     check_prompt,
 )
 from omniserve.engine.build import LoadProgress, MemoryPlan, build
-from omniserve.engine.scheduler import mixed
-from omniserve.formats.checkpoint import read_json
+from omniserve.generation import Answer, Checked, check, generation_defaults, seeded
 from omniserve.ops.dispatch import choices
-from omniserve.text import StopFinder, TextStream, Tokenizer
+from omniserve.text import Tokenizer
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, str]]
@@ -36,9 +35,6 @@ Key = TypeVar("Key")
 """What `LLM.run` hands back beside a result, so that its caller knows whose it is."""
 TokenOptions = Mapping[int, Logprob]
 """The token at one position, and the likeliest ones: id -> how likely, the token itself first."""
-
-_GENERATION = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-"""Keys of generation_config.json that are defaults of requests; its eos_token_id is the tokenizer's business."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,43 +83,31 @@ class _Open:
     """A request on its way through the engine, and its text so far."""
 
     def __init__(self, request: Request, index: int, tokenizer: Tokenizer) -> None:
-        params = request.sampling
         self.request = request
         self.index = index
         self.ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
-        self.finish: FinishReason | None = None
         self.usage: Usage | None = None
-        self._params = params
-        self._stream = TextStream(tokenizer, skip_special=params.skip_special_tokens)
-        self._finder = StopFinder(params.stop, include_stop=params.include_stop_str_in_output)
-        self._pieces: list[str] = []
+        self._answer = Answer(request.sampling, request.stop_ids, tokenizer)
 
     @property
     def text(self) -> str:
         """All text so far."""
-        return "".join(self._pieces)
+        return self._answer.text
+
+    @property
+    def finish(self) -> FinishReason | None:
+        """Why it ended, None while it goes on."""
+        return self._answer.finish
 
     def take(self, output: Output) -> str:
-        """Add a step's tokens and return their text. A stop string ends the request: later tokens are dropped.
-
-        A token that ends the request is no text, unless that is asked for. In the text of the first `min_tokens`
-        tokens no stop string is looked for.
-        """
+        """Add a step's tokens and return their text."""
         self.ids += output.new_tokens
         self.logprobs += output.logprobs
         self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs
         self.usage = output.usage
-        hidden = output.finish == "stop" and not self._params.include_stop_str_in_output
-        piece = self._stream.push(output.new_tokens[:-1] if hidden else output.new_tokens, output.finish is not None)
-        if len(self.ids) > self._params.min_tokens:
-            piece = self._finder.push(piece)
-        if output.finish is not None:
-            piece += self._finder.flush()
-        self.finish = "stop" if self._finder.found is not None else output.finish
-        self._pieces.append(piece)
-        return piece
+        return self._answer.take(output)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -144,15 +128,6 @@ class _Group:
         """Token counts of all continuations; the prompt counts once."""
         all_usages = [member.usage for member in self.members if member.usage is not None]
         return replace(all_usages[0], completion_tokens=sum(usage.completion_tokens for usage in all_usages))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Checked:
-    """Sampling parameters whose ids fit the model, and what their texts are in tokens."""
-
-    params: SamplingParams
-    stop_ids: frozenset[int]
-    bad_words: tuple[tuple[int, ...], ...]
 
 
 class LLM:
@@ -187,7 +162,7 @@ class LLM:
         self.warnings: tuple[str, ...] = built.warnings
         longest = 16 * built.config.limits.max_model_len
         self.tokenizer = Tokenizer.load(built.source, options.chat_template, max_prompt_bytes=longest)
-        self._defaults = _generation_config(built.source.path)
+        self._defaults = generation_defaults(built.source.path)
 
     def default_params(self) -> SamplingParams:
         """Return what the model's generation_config.json asks for, and the usual values for the rest.
@@ -328,45 +303,10 @@ class LLM:
     def _name(self) -> str:
         return f"request-{next(self._numbers)}"
 
-    def _check(self, params: SamplingParams) -> _Checked:
-        """Raise RequestError unless the model has all the ids, and something is left to draw."""
-        vocab = self.spec.vocab
-        bias, allowed = params.logit_bias, params.allowed_token_ids or ()
-        for name, ids in (
-            ("logit_bias", bias),
-            ("allowed_token_ids", allowed),
-            ("stop_token_ids", params.stop_token_ids),
-        ):
-            if (largest := max(ids, default=0)) >= vocab:
-                raise RequestError(
-                    f"token id {largest} in {name}: the model has {vocab} tokens, ids must be 0 to {vocab - 1}"
-                )
-        bad_words = tuple(sequence for word in params.bad_words for sequence in self._bad_word(word))
-        own = frozenset[int]() if params.ignore_eos else self.tokenizer.eos_ids
-        stop_ids = frozenset(token for token in own if token < vocab) | frozenset(params.stop_token_ids)
-        forbidden = {sequence[0] for sequence in bad_words if len(sequence) == 1}
-        if params.min_tokens:
-            forbidden |= stop_ids
-        left = set(allowed) - forbidden if allowed else vocab - len(forbidden)
-        if not left:
-            raise RequestError("allowed_token_ids, bad_words and min_tokens together leave no token: allow another one")
-        return _Checked(params=params, stop_ids=stop_ids, bad_words=bad_words)
+    def _check(self, params: SamplingParams) -> Checked:
+        return check(params, self.tokenizer, self.spec.vocab)
 
-    def _bad_word(self, word: str) -> list[tuple[int, ...]]:
-        """Return the token sequences of a word, at the start of a text and behind a space.
-
-        Source: vLLM's SamplingParams.update_from_tokenizer.
-        """
-        text = word.lstrip()
-        plain, spaced = (tuple(self.tokenizer.encode(start + text, special=False)) for start in ("", " "))
-        if not text or not plain:
-            raise RequestError(f"bad_words: {word!r} holds no token; give words that hold more than spaces")
-        if max(plain + spaced) >= self.spec.vocab:
-            raise RequestError(f"bad_words: {word!r} holds a token that the model does not have; leave it out")
-        another = len(plain) == len(spaced) and plain[0] != spaced[0]
-        return [plain, spaced] if another else [plain]
-
-    def _open(self, prompt: Prompt, checked: _Checked) -> _Group:
+    def _open(self, prompt: Prompt, checked: Checked) -> _Group:
         text = prompt if isinstance(prompt, str) else None
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         check_prompt(ids, self.spec.vocab)
@@ -379,13 +319,12 @@ class LLM:
         params = checked.params
         members: list[_Open] = []
         for index in range(params.n):
-            seed = params.seed if params.seed is None or index == 0 else mixed(params.seed, index)
             request = Request(
                 id=self._name(),
                 tokens=list(ids),
                 prompt=len(ids),
-                sampling=params if seed == params.seed else replace(params, seed=seed),
-                stop_ids=checked.stop_ids,
+                sampling=seeded(params, index),
+                stop_ids=frozenset(checked.stop_ids),
                 bad_words=checked.bad_words,
                 limit=min(params.max_tokens or room, room),
                 reduce="logprobs" if params.prompt_logprobs is not None and index == 0 else None,
@@ -523,13 +462,6 @@ class LLM:
         if token not in self._texts:
             self._texts[token] = self.tokenizer.decode([token], skip_special=False)
         return self._texts[token]
-
-
-def _generation_config(path: Path) -> dict[str, Any]:
-    """Return the sampling defaults beside a model's weights; what a file sets to null it leaves open."""
-    file = path / "generation_config.json"
-    found = read_json(file) if file.is_file() else {}
-    return {name: found[name] for name in _GENERATION if found.get(name) is not None}
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -540,8 +540,8 @@ def _overlap(text: str, stop: str) -> int:
 class TextStream:
     """The text of one request: tokens in, text out, ended by a stop string.
 
-    text     what was returned so far
-    stopped  whether a stop string ended it
+    min_tokens  in the text of so many tokens no stop string is looked for
+    text        what was returned so far; stopped: whether a stop string ended it
     """
 
     def __init__(
@@ -551,16 +551,24 @@ class TextStream:
         *,
         include_stop: bool = False,
         skip_special: bool = True,
+        min_tokens: int = 0,
     ) -> None:
         self._detokenizer = Detokenizer(tokenizer, skip_special=skip_special)
         self._finder = StopFinder(stop, include_stop=include_stop)
+        self._min_tokens = min_tokens
+        self._tokens = 0
         self._pieces: list[str] = []
 
     def push(self, ids: Sequence[int], finished: bool = False) -> str:
         """Return the text that these tokens bring; `finished` returns what was held back as well."""
-        piece = self._finder.push(self._detokenizer.push(ids))
+        self._tokens += len(ids)
+        piece = self._detokenizer.push(ids)
         if finished:
-            piece += self._finder.push(self._detokenizer.flush()) + self._finder.flush()
+            piece += self._detokenizer.flush()
+        if self._tokens > self._min_tokens:
+            piece = self._finder.push(piece)
+        if finished:
+            piece += self._finder.flush()
         self._pieces.append(piece)
         return piece
 

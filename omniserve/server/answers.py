@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from omniserve.base.errors import RequestError
-from omniserve.base.types import FinishReason, Output, SamplingParams, TokenLogprobs, Usage
+from omniserve.base.types import FinishReason, Output, TokenLogprobs, Usage
 from omniserve.engine.process import Add
 from omniserve.server.errors import ApiError, from_exception
 
@@ -41,51 +40,6 @@ class Piece:
     finish: FinishReason | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checked:
-    """Sampling parameters that fit the model, and what their texts are in tokens."""
-
-    params: SamplingParams
-    stop_ids: tuple[int, ...]
-    bad_words: tuple[tuple[int, ...], ...]
-
-
-def check(params: SamplingParams, tokenizer: "Tokenizer", vocab: int) -> Checked:
-    """Raise RequestError unless the model has all the ids, and something is left to draw."""
-    allowed = params.allowed_token_ids or ()
-    for name, ids in (
-        ("logit_bias", params.logit_bias),
-        ("allowed_token_ids", allowed),
-        ("stop_token_ids", params.stop_token_ids),
-    ):
-        if (largest := max(ids, default=0)) >= vocab:
-            raise RequestError(f"{name}={largest}: the model has {vocab} tokens, ids must be 0 to {vocab - 1}")
-    bad_words = tuple(sequence for word in params.bad_words for sequence in _bad_word(word, tokenizer, vocab))
-    own = frozenset[int]() if params.ignore_eos else tokenizer.eos_ids
-    stop_ids = frozenset(token for token in own if token < vocab) | frozenset(params.stop_token_ids)
-    forbidden = {sequence[0] for sequence in bad_words if len(sequence) == 1}
-    if params.min_tokens:
-        forbidden |= stop_ids
-    if not (set(allowed) - forbidden if allowed else vocab - len(forbidden)):
-        raise RequestError("allowed_token_ids, bad_words and min_tokens together leave no token: allow another one")
-    return Checked(params=params, stop_ids=tuple(stop_ids), bad_words=bad_words)
-
-
-def _bad_word(word: str, tokenizer: "Tokenizer", vocab: int) -> list[tuple[int, ...]]:
-    """Return the token sequences of a word, at the start of a text and behind a space.
-
-    Source: vLLM's SamplingParams.update_from_tokenizer.
-    """
-    text = word.lstrip()
-    plain, spaced = (tuple(tokenizer.encode(start + text, special=False)) for start in ("", " "))
-    if not text or not plain:
-        raise RequestError(f"bad_words: {word!r} holds no token; give words that hold more than spaces")
-    if max(plain + spaced) >= vocab:
-        raise RequestError(f"bad_words: {word!r} holds a token that the model does not have; leave it out")
-    another = len(plain) == len(spaced) and plain[0] != spaced[0]
-    return [plain, spaced] if another else [plain]
-
-
 class Choice:
     """One continuation under way.
 
@@ -95,9 +49,8 @@ class Choice:
     """
 
     def __init__(self, reply: "Reply", index: int, prompt: Prompt, request: Add, tokenizer: "Tokenizer") -> None:
-        from omniserve.text import Detokenizer, StopFinder
+        from omniserve.generation import Answer
 
-        params = request.sampling
         self.reply = reply
         self.index = index
         self.prompt = prompt
@@ -111,10 +64,7 @@ class Choice:
         self.closed = False
         self.pieces: list[Piece] = []
         self.prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
-        self._detokenizer = Detokenizer(tokenizer, skip_special=params.skip_special_tokens)
-        self._finder = StopFinder(params.stop, include_stop=params.include_stop_str_in_output) if params.stop else None
-        self._keeps_stop = params.include_stop_str_in_output
-        self._min_tokens = params.min_tokens
+        self._answer = Answer(request.sampling, request.stop_ids, tokenizer)
 
     def take(self, output: Output | Exception) -> None:
         """Take what comes from the engine."""
@@ -136,8 +86,8 @@ class Choice:
         self.usage = output.usage
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
-        text = self._text(output)
-        self.finish = "stop" if self._finder is not None and self._finder.found is not None else output.finish
+        text = self._answer.take(output)
+        self.finish = self._answer.finish
         if text or output.logprobs or self.finish is not None:
             self._keep(Piece(text=text, logprobs=list(output.logprobs), completion_tokens=self.tokens))
         if self.finish is not None:
@@ -145,24 +95,6 @@ class Choice:
             reply.ended(self)
         elif reply.stream:
             reply.wake.set()
-
-    def _text(self, output: Output) -> str:
-        """Return the text of a step's tokens. A token that ends the request is no text, unless that is asked for.
-
-        In the text of the first `min_tokens` tokens no stop string is looked for.
-        """
-        ids = output.new_tokens
-        done = output.finish is not None
-        if output.finish == "stop" and not self._keeps_stop:
-            ids = ids[:-1]
-        text = self._detokenizer.push(ids)
-        if done:
-            text += self._detokenizer.flush()
-        if self._finder is None:
-            return text
-        if self.tokens > self._min_tokens:
-            text = self._finder.push(text)
-        return text + self._finder.flush() if done else text
 
     def _keep(self, piece: Piece) -> None:
         if self.reply.stream and len(self.pieces) >= BUFFER:

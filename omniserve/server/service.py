@@ -5,7 +5,6 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -15,7 +14,7 @@ from omniserve.base.errors import RequestError
 from omniserve.base.types import SamplingParams, check_prompt
 from omniserve.client import AsyncEngine
 from omniserve.engine.process import Add, Landed, Null, Ready
-from omniserve.server.answers import Choice, Prompt, Reply, check
+from omniserve.server.answers import Choice, Prompt, Reply
 from omniserve.server.errors import LONGEST_RETRY, ApiError
 from omniserve.server.limits import Queue, Rates, ServerOptions
 from omniserve.server.metrics import Metrics
@@ -28,7 +27,6 @@ Result = TypeVar("Result")
 State = Literal["loading", "ready", "draining", "dead"]
 
 _LOG = log.get(__name__)
-_GENERATION = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _REPORT_SECONDS = 10.0
 _INLINE = 4096
 """Characters that are tokenized in the event loop; longer texts go to a thread."""
@@ -72,7 +70,7 @@ class Service:
         self.replies: set[Reply] = set()
         self._null = null is not None
         self._tokenizer: Tokenizer | None = None
-        self._defaults: dict[str, Any] = {}
+        self._defaults: Mapping[str, Any] = {}
         self._texts: dict[int, str] = {}
         self._choices: dict[str, Choice] = {}
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="tokenizer")
@@ -85,8 +83,10 @@ class Service:
         imported = asyncio.get_running_loop().run_in_executor(self._threads, _import_text)
         ready = await self.engine.start()
         await imported
+        from omniserve.generation import generation_defaults
+
         self._tokenizer = await self._in_thread(self._load_tokenizer, ready)
-        self._defaults = _generation_config(Path(ready.path))
+        self._defaults = generation_defaults(Path(ready.path))
         SamplingParams(**self._defaults)  # a value that is not allowed is refused now, not in each request
         self.ready = ready
         self.metrics.loaded(ready)
@@ -243,6 +243,8 @@ class Service:
         echo: bool = False,
     ) -> Reply:
         """Hand a request to the engine, all of it or nothing. Raises ApiError, RequestError or EngineDeadError."""
+        from omniserve.generation import check, seeded
+
         self.accept()
         assert self.ready is not None
         checked = check(params, self.tokenizer, self.ready.vocab)
@@ -272,7 +274,7 @@ class Service:
                 request = Add(
                     id=self.engine.name(),
                     tokens=prompt.ids,
-                    sampling=_seeded(params, place),
+                    sampling=seeded(params, place),
                     limit=limit,
                     stop_ids=checked.stop_ids,
                     bad_words=checked.bad_words,
@@ -399,7 +401,7 @@ class Service:
 
 def _import_text() -> None:
     """Import torch and the tokenizers while the engine loads."""
-    import omniserve.text  # noqa: F401
+    import omniserve.generation  # noqa: F401
 
 
 def _default_name(model: str | None, options: Options, null: Null | None) -> str:
@@ -408,24 +410,6 @@ def _default_name(model: str | None, options: Options, null: Null | None) -> str
     if model is None:
         return str(options.shape)
     return Path(model).name if Path(model).exists() else model
-
-
-def _generation_config(path: Path) -> dict[str, Any]:
-    """Return the sampling defaults beside a model's weights; what a file sets to null it leaves open."""
-    from omniserve.formats.checkpoint import read_json
-
-    file = path / "generation_config.json"
-    found = read_json(file) if file.is_file() else {}
-    return {name: found[name] for name in _GENERATION if found.get(name) is not None}
-
-
-def _seeded(params: SamplingParams, place: int) -> SamplingParams:
-    """Return the parameters of one of n continuations: with a seed, each has a seed of its own."""
-    if params.seed is None or place == 0:
-        return params
-    from omniserve.engine.scheduler import mixed
-
-    return replace(params, seed=mixed(params.seed, place))
 
 
 def _salt(key: str | None, salt: str | None) -> bytes:

@@ -214,7 +214,7 @@ BAD = {
     '{"prompt": "a", "stop_token_ids": 5}': "stop_token_ids=5: must be",
     '{"prompt": "a", "top_p": "much"}': "top_p='much': must be",
     '{"prompt": "a", "logit_bias": {"x": 1}}': "logit_bias={'x': 1}: must be",
-    '{"prompt": "a", "allowed_token_ids": [999999]}': "token id 999999 in allowed_token_ids",
+    '{"prompt": "a", "allowed_token_ids": [999999]}': "allowed_token_ids=999999: the model has",
     '{"prompt": "a", "id": null}': "id=None: must be a text or a number",
     '{"prompt": "a", "id": true}': "id=True: must be a text or a number",
     '{"prompt": "a", "id": Infinity}': "id=inf: must be a text or a number",

@@ -12,6 +12,7 @@ import torch
 from omniserve import LLM, SamplingParams
 from omniserve.base.errors import RequestError
 from omniserve.base.types import Logprob
+from omniserve.generation import bad_word
 from omniserve.llm import Delta, RequestOutput
 from tests.cli.conftest import tiny  # noqa: F401  # a fixture
 
@@ -197,14 +198,14 @@ def test_bad_words_are_not_written(llm: LLM) -> None:
 
 
 def test_bad_words_are_banned_at_the_start_and_behind_a_space(llm: LLM) -> None:
-    assert llm._bad_word("T") == llm._bad_word("  T")
-    assert llm._bad_word("T")[0] == tuple(llm.tokenizer.encode("T"))
+    assert bad_word("T", llm.tokenizer, llm.spec.vocab) == bad_word("  T", llm.tokenizer, llm.spec.vocab)
+    assert bad_word("T", llm.tokenizer, llm.spec.vocab)[0] == tuple(llm.tokenizer.encode("T"))
     for word in ("the", "fox", "zebra"):
         spaced = tuple(llm.tokenizer.encode(f" {word}"))
         expected = [tuple(llm.tokenizer.encode(word))]
         if len(spaced) == len(expected[0]) and spaced[0] != expected[0][0]:
             expected.append(spaced)
-        assert llm._bad_word(word) == expected
+        assert bad_word(word, llm.tokenizer, llm.spec.vocab) == expected
 
 
 # Refusals and defaults
