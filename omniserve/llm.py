@@ -10,7 +10,8 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
-from omniserve.base.config import EngineConfig, Options, options_from, options_from_environment
+from omniserve.base.config import EngineConfig, Options, options_from
+from omniserve.base.environment import options_from_environment
 from omniserve.base.errors import OmniserveError, RequestError
 from omniserve.base.spec import ModelSpec
 from omniserve.base.types import (

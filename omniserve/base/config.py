@@ -2,11 +2,10 @@
 
 `Options` holds the public flags (names of serving.md section 5, dashes as underscores): the command line,
 `OMNISERVE_<FLAG>`, YAML files and `LLM(...)` keywords all fill this one dataclass. `resolve` turns it into an
-`EngineConfig` in which nothing is "auto". This is the only module that reads the environment.
+`EngineConfig` in which nothing is "auto".
 """
 
 import difflib
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, cast, get_args, get_origin
@@ -258,29 +257,6 @@ def options_from(values: Mapping[str, Any], *, origin: str, base: Options | None
     return replace(base or Options(), **values)
 
 
-_OF_THE_TESTS = ("OMNISERVE_TEST_MODELS",)
-"""Variables that tell the tests where things are; they are no options."""
-
-
-def options_from_environment(base: Options | None = None) -> Options:
-    """Return `base` with the values of `OMNISERVE_<FLAG>` variables; an unknown one is a ConfigError."""
-    return options_from(environment(), origin="environment", base=base)
-
-
-def environment() -> dict[str, Any]:
-    """Return the options that `OMNISERVE_<FLAG>` variables set; an unknown one is a ConfigError."""
-    known = {f.name: f for f in fields(Options)}
-    values: dict[str, Any] = {}
-    for variable, text in os.environ.items():
-        if not variable.startswith("OMNISERVE_") or variable in _OF_THE_TESTS:
-            continue
-        name = variable.removeprefix("OMNISERVE_").lower()
-        if name not in known:
-            raise ConfigError(f"environment: unknown option {variable}{nearest(name, known)}")
-        values[name] = _from_text(variable, known[name].type, text)
-    return values
-
-
 def _accepts(annotation: Any) -> tuple[type, ...]:
     return get_args(annotation) if get_origin(annotation) is not None or get_args(annotation) else (annotation,)
 
@@ -295,19 +271,3 @@ def _check(origin: str, name: str, annotation: Any, choices: tuple[Any, ...], va
         words = ", ".join(str(choice) for choice in choices)
         hint = nearest(value, choices) if isinstance(value, str) else ""
         raise ConfigError(f"{origin}: {name}={value!r}: must be one of {words}{hint}")
-
-
-def _from_text(origin: str, annotation: Any, text: str) -> Any:
-    types = _accepts(annotation)
-    if bool in types:
-        words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False}
-        if text.lower() in words | {"off": False}:
-            return (words | {"off": False})[text.lower()]
-        raise ConfigError(f"{origin}={text!r}: must be true or false")
-    for number in (int, float):
-        if number in types:
-            try:
-                return number(text)
-            except ValueError:
-                raise ConfigError(f"{origin}={text!r}: must be a number") from None
-    return text

@@ -1,5 +1,6 @@
 """`omniserve doctor`: a report to paste into an issue. It never prints keys."""
 
+import operator
 import platform
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from omniserve import __version__
 from omniserve.base.config import Options
 from omniserve.base.numbers import human_bytes
 from omniserve.cli import machine
-from omniserve.cli.flags import NO_FLAGS, Common, layers
+from omniserve.cli.flags import NO_FLAGS, Common, layers, server_layers
 from omniserve.cli.loading import leaving_at_once
 from omniserve.cli.models import model_directory
 from omniserve.cli.output import as_json, result
@@ -32,18 +33,24 @@ def doctor(
         Print one JSON object.
     """
     options, origins = layers(NO_FLAGS, common)
-    settings = {
-        name: {"value": getattr(options, name), "origin": origin}
-        for name, origin in origins.items()
+    serving, server_origins = server_layers({}, common)
+    report = _report(options)
+    report["settings"] = {
+        name: {"value": _shown(name, options if name in origins else serving), "origin": origin}
+        for name, origin in (origins | server_origins).items()
         if common.config is not None or origin != "default"
     }
-    report = _report(options)
-    report["settings"] = settings
     if json:
         as_json(report)
         return
     for line in _lines(report):
         result(line)
+
+
+def _shown(name: str, settings: Any) -> Any:
+    """Return a setting's value; keys are counted, never shown."""
+    value = operator.attrgetter(name)(settings)
+    return f"{len(value)} keys" if name == "api_key" else list(value) if isinstance(value, tuple) else value
 
 
 def _report(options: Options) -> dict[str, Any]:
@@ -110,7 +117,8 @@ def _lines(report: dict[str, Any]) -> list[str]:
     if report["settings"]:
         lines.append("settings")
         for name, entry in report["settings"].items():
-            lines.append(f"            --{name.replace('_', '-')} {entry['value']}  ({entry['origin']})")
+            flag = name if name.startswith("limits.") else f"--{name.replace('_', '-')}"
+            lines.append(f"            {flag} {entry['value']}  ({entry['origin']})")
     if report["problem"]:
         lines.append(f"problem     {report['problem']}")
     return lines

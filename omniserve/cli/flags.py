@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter, Token
 
-from omniserve.base.config import GROUP, Options, Precision, environment, options_from
+from omniserve.base.config import GROUP, Options, Precision, options_from
+from omniserve.base.environment import PREFIX, environment, server_environment
 from omniserve.base.errors import ConfigError
+from omniserve.base.serving import NAMES, ServerLimits, ServerOptions, server_options
 from omniserve.base.types import SamplingParams
 
 ENGINE = Group("Engine", sort_key=2)
@@ -92,11 +94,11 @@ class Common:
     config
         YAML file with flag names as keys; flags and OMNISERVE_<FLAG> variables win over it.
     log_level
-        Lowest level of the log, which goes to standard error.
+        Lowest level of the log, which goes to standard error (default warning; of serve: info).
     """
 
     config: Path | None = None
-    log_level: Literal["debug", "info", "warning", "error"] = "warning"
+    log_level: Literal["debug", "info", "warning", "error"] | None = None
 
 
 @Parameter(name="*", group=SAMPLING)
@@ -167,17 +169,45 @@ def layers(
     """
     start = base or Options()
     origins = {option.name: "default" for option in fields(Options)}
-    in_file: Mapping[str, Any] = {}
-    if common.config is not None:
-        in_file = read_config(common.config)
+    in_file, _ = in_config(common)
     from_file = options_from(in_file, origin=str(common.config), base=start)
     in_environment, on_line = environment(), given(flags)
     from_environment = options_from(in_environment, origin="environment", base=from_file)
     options = options_from(on_line, origin="command line", base=from_environment)
     origins |= dict.fromkeys(in_file, str(common.config))
-    origins |= {name: f"OMNISERVE_{name.upper()}" for name in in_environment}
+    origins |= {name: PREFIX + name.upper() for name in in_environment}
     origins |= dict.fromkeys(on_line, "command line")
     return options, origins
+
+
+def server_layers(flags: Mapping[str, Any], common: Common) -> tuple[ServerOptions, dict[str, str]]:
+    """Return the options of a server, and where each value comes from; a limit is named `limits.NAME`.
+
+    flags  those that were given on the command line
+    Raises ConfigError as `layers`.
+    """
+    names = [one.name for one in fields(ServerOptions) if one.name != "limits"]
+    names += [f"limits.{one.name}" for one in fields(ServerLimits)]
+    origins = dict.fromkeys(names, "default")
+    _, in_file = in_config(common)
+    in_environment = server_environment()
+    made = server_options(in_file, origin=str(common.config))
+    made = server_options(in_environment, origin="environment", base=made)
+    made = server_options(flags, origin="command line", base=made)
+    for values, origin, prefix in ((in_file, str(common.config), ""), (in_environment, "", PREFIX)):
+        for name in values.keys() - {"limits"}:
+            origins[name] = origin or prefix + name.upper()
+        for name in values.get("limits", ()):
+            origins[f"limits.{name}"] = origin or f"{prefix}LIMIT_{name.upper()}"
+    origins |= dict.fromkeys(flags, "command line")
+    return made, origins
+
+
+def in_config(common: Common) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what the `--config` file says about the engine and about the server; every command takes both."""
+    values = {} if common.config is None else read_config(common.config)
+    server = {name: value for name, value in values.items() if name in NAMES}
+    return {name: value for name, value in values.items() if name not in NAMES}, server
 
 
 def read_config(path: Path) -> dict[str, Any]:

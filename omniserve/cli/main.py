@@ -37,7 +37,7 @@ def _run(tokens: list[str]) -> int:
     try:
         command, common = parse(tokens)
         debug = common.log_level == "debug"
-        log.configure(common.log_level)
+        log.configure(common.log_level or "warning")
         code = command()
         sys.stdout.flush()
         return code if isinstance(code, int) else OK

@@ -3,18 +3,16 @@
 import os
 import sys
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 from cyclopts import Group, Parameter
 
-from omniserve.base.config import Options, environment, options_from
+from omniserve.base.config import Options
 from omniserve.base.errors import ConfigError
-from omniserve.cli.flags import NO_FLAGS, Common, EngineFlags, Whole, given, read_config
+from omniserve.base.serving import NAMES, ServerOptions
+from omniserve.cli.flags import NO_FLAGS, Common, EngineFlags, Whole, layers, server_layers
 from omniserve.cli.loading import leaving_at_once, need_torch
 from omniserve.cli.output import Bars, say, warn
-
-if TYPE_CHECKING:
-    from omniserve.server.limits import ServerOptions
 
 SERVER = Group("Server", sort_key=0)
 Several = Annotated[list[str] | None, Parameter(negative="", consume_multiple=False)]
@@ -67,21 +65,7 @@ class ServerFlags:
     max_num_queued_reqs: Whole | None = None
     max_num_queued_tokens: Whole | None = None
     scheduling_policy: Literal["fcfs", "priority"] | None = None
-    log_json: Annotated[bool, Parameter(negative="")] = False
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class ServeCommon(Common):
-    """Flags of every command; a server logs what it does.
-
-    Parameters
-    ----------
-    log_level
-        Lowest level of the log, which goes to standard error.
-    """
-
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_json: Annotated[bool | None, Parameter(negative="")] = None
 
 
 def serve(
@@ -90,7 +74,7 @@ def serve(
     *,
     server: ServerFlags = ServerFlags(),
     engine: EngineFlags = NO_FLAGS,
-    common: ServeCommon = ServeCommon(),
+    common: Common = Common(),  # noqa: B008  # frozen
 ) -> NoReturn:
     """Serve a model over HTTP with OpenAI's API. SIGTERM lets requests finish, Ctrl-C does not.
 
@@ -110,10 +94,10 @@ def serve(
     need_torch()
     options, serving = settings(server, engine, common)
     check_model(model, options)
-    configure_log(common.log_level, as_json=server.log_json)
+    configure_log(serving.log_level, as_json=serving.log_json)
     if not (serving.loopback or serving.uds or serving.api_key):
         warn(f"others can reach {serving.host} and there is no API key: give one with api-key in the --config file")
-    with Bars(quiet=server.log_json) as bars:
+    with Bars(quiet=serving.log_json) as bars:
 
         def ready(address: str) -> None:
             bars.__exit__(None, None, None)
@@ -121,7 +105,7 @@ def serve(
             assert loaded is not None
             for sentence in loaded.warnings:
                 warn(sentence)
-            if not server.log_json:
+            if not serving.log_json:
                 say(f"Ready on {address} (page, docs, metrics); model {service.names[0]}")
 
         service = Service(model, options, serving, on_progress=bars.update)
@@ -139,18 +123,10 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def settings(server: ServerFlags, engine: EngineFlags, common: Common) -> "tuple[Options, ServerOptions]":
+def settings(server: ServerFlags, engine: EngineFlags, common: Common) -> tuple[Options, ServerOptions]:
     """Return the options of engine and server: flag, then environment, then `--config` file."""
-    from omniserve.server.limits import ServerOptions, server_options
-
-    in_file = {} if common.config is None else read_config(common.config)
-    names = {option.name for option in fields(ServerOptions)}
-    origin = str(common.config)
-    options = options_from({k: v for k, v in in_file.items() if k not in names}, origin=origin)
-    options = options_from(environment(), origin="environment", base=options)
-    options = options_from(given(engine), origin="command line", base=options)
-    serving = server_options({k: v for k, v in in_file.items() if k in names}, origin=origin)
-    flags = {option.name: getattr(server, option.name, None) for option in fields(ServerOptions)}
-    return options, server_options(
-        {k: v for k, v in flags.items() if v is not None}, origin="command line", base=serving
-    )
+    options, _ = layers(engine, common)
+    values = {one.name: getattr(server, one.name) for one in fields(server)}
+    values["log_level"] = common.log_level
+    known = {name: value for name, value in values.items() if name in NAMES and value is not None}
+    return options, server_layers(known, common)[0]

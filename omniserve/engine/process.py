@@ -386,7 +386,7 @@ def _add(engine: "Engine", add: Add, requests: dict[str, Request], link: Link) -
 
 def _stats(engine: "Engine") -> Stats:
     scheduler = engine.scheduler
-    pools = scheduler._cache.pools
+    pools = scheduler.cache.pools
     return Stats(
         running=scheduler.running,
         waiting=scheduler.waiting,
@@ -440,7 +440,7 @@ def described(built: "Built") -> Ready:
     """Return what a server is told about a loaded engine."""
     from omniserve.ops.dispatch import choices
 
-    pools = built.engine.scheduler._cache.pools
+    pools = built.engine.scheduler.cache.pools
     return Ready(
         model=built.plan.model,
         path=str(built.source.path),

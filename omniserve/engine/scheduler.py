@@ -45,6 +45,9 @@ class Stats:
 class Scheduler:
     """Queues, slots and reservations of all unfinished requests, and the steps in flight.
 
+    cache  the pages of running requests, to look at: the scheduler alone reserves and releases
+    stats  counters
+
     Invariant: running requests arrived before waiting ones, both in order of arrival; a request holds pages exactly
     while it runs. Every request fits into the pool alone (`add` sees to it) and may take the pages of all that arrived
     after it, so the oldest one always moves on.
@@ -54,7 +57,7 @@ class Scheduler:
         assert limits.max_seqs >= 1 and limits.max_step_tokens >= 1, limits
         self.stats = Stats()
         self._limits = limits
-        self._cache = cache
+        self.cache = cache
         self._seed = seed
         self._added = 0
         self._waiting: deque[Request] = deque()
@@ -88,7 +91,7 @@ class Scheduler:
 
         Raises RequestError or CapacityError if it can never be served.
         """
-        prompt, longest, capacity = request.prompt, self._limits.max_model_len, self._cache.capacity
+        prompt, longest, capacity = request.prompt, self._limits.max_model_len, self.cache.capacity
         assert prompt == len(request.tokens) and request.issued == 0 and not request.finished, request
         if request.id in self._unfinished:
             raise RequestError(f"request id {request.id!r} is in use: give another")
@@ -147,21 +150,21 @@ class Scheduler:
             if admission is None:
                 break
             count = self._due(request, budget)
-            reserved = self._cache.reserve(request, count)
+            reserved = self.cache.reserve(request, count)
             assert reserved, request
             serve(request, count, admission)
 
         assert works or self._flying or not self._unfinished, "nothing moves"
         if not works:
             return Step(works=())
-        step = Step(works=tuple(works), moves=self._cache.moves(), tokens=self._limits.max_step_tokens - budget)
+        step = Step(works=tuple(works), moves=self.cache.moves(), tokens=self._limits.max_step_tokens - budget)
         self._flying.append((step, tuple(served)))
         return step
 
     def _behind(self, request: Request) -> bool:
         """True while the pages that a request could share with its leader are not computed yet."""
         leader = request.leader
-        if leader is None or leader.finished or not self._cache.prefix_caching:
+        if leader is None or leader.finished or not self.cache.prefix_caching:
             return False
         return leader.computed < (request.prompt - 1) // PAGE * PAGE
 
@@ -176,7 +179,7 @@ class Scheduler:
 
     def _make_room(self, request: Request, count: int) -> None:
         """Reserve pages for a running request, preempting the newest, in the end itself, until there is room."""
-        while request.slot is not None and not self._cache.reserve(request, count):
+        while request.slot is not None and not self.cache.reserve(request, count):
             self._preempt(self._running[-1])
 
     def _preempt(self, request: Request) -> None:
@@ -190,7 +193,7 @@ class Scheduler:
     def _start(self, request: Request) -> Admission | None:
         """Give the head of the queue a slot; None, and nothing changed, if it does not fit."""
         slot, first = self._slots[-1], request.preemptions == 0
-        found = self._cache.start(request, slot)
+        found = self.cache.start(request, slot)
         if found is None:
             return None
         self._running.append(self._waiting.popleft())
@@ -198,7 +201,7 @@ class Scheduler:
         request.issued = request.computed = found
         if first:
             request.cached = found
-            if self._cache.prefix_caching and request.reduce is None:
+            if self.cache.prefix_caching and request.reduce is None:
                 self.stats.prefix_queries += len(request.tokens)
                 self.stats.prefix_hits += found
         return _admission(request)
@@ -246,7 +249,7 @@ class Scheduler:
             if work.epoch == request.epoch:
                 assert request.computed == work.start, request
                 request.computed += work.count
-                self._cache.commit(request)
+                self.cache.commit(request)
             request.prompt_logprobs += result.prompt_logprobs.get(work.request, ())
             drawn = (result.tokens[work.request],) if work.draws else ()
             request.tokens += drawn
@@ -271,14 +274,14 @@ class Scheduler:
         del self._unfinished[request.id]
         if request.slot is None:
             self._waiting.remove(request)
-            self._cache.release(request)
+            self.cache.release(request)
         else:
             self._vacate(request)
 
     def _vacate(self, request: Request) -> None:
         """Take slot and pages from a running request."""
         assert request.slot is not None, request
-        self._cache.release(request)
+        self.cache.release(request)
         self._running.remove(request)
         self._slots.append(request.slot)
         request.slot = None
@@ -299,12 +302,12 @@ class Scheduler:
                 outputs.append(_output(request, ()))
         while self._running:
             self._preempt(self._running[-1])
-        self._cache.forget()
+        self.cache.forget()
         return outputs
 
     def check(self) -> None:
         """Assert the invariants of queues, slots, requests and pages."""
-        self._cache.check(self._running)
+        self.cache.check(self._running)
         slots = [request.slot for request in self._running if request.slot is not None]
         assert sorted(slots + self._slots) == list(range(self._limits.max_seqs)), (slots, self._slots)
         assert [*self._running, *self._waiting] == list(self._unfinished.values()), "out of order"

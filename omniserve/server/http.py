@@ -10,8 +10,8 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from omniserve.base.serving import ServerLimits
 from omniserve.server.errors import ApiError
-from omniserve.server.limits import ServerLimits
 
 
 class Connection(H11Protocol):

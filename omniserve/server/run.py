@@ -18,10 +18,10 @@ import uvicorn
 
 from omniserve.base import log
 from omniserve.base.errors import ConfigError
+from omniserve.base.serving import ServerOptions
 from omniserve.server.app import application
 from omniserve.server.errors import ApiError
 from omniserve.server.http import connections
-from omniserve.server.limits import ServerOptions
 from omniserve.server.service import Service
 
 OK, DIED, INTERRUPTED = 0, 3, 130

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from omniserve.base import log
 from omniserve.base.config import Options
 from omniserve.base.errors import RequestError
+from omniserve.base.serving import ServerOptions
 from omniserve.base.types import SamplingParams, check_prompt
 from omniserve.client import AsyncEngine
 from omniserve.engine.process import Add, Landed, Null, Ready
 from omniserve.server.answers import Choice, Prompt, Reply
 from omniserve.server.errors import LONGEST_RETRY, ApiError
-from omniserve.server.limits import Queue, Rates, ServerOptions
+from omniserve.server.limits import Queue, Rates
 from omniserve.server.metrics import Metrics
 from omniserve.server.protocol import Sampling
 

@@ -35,7 +35,7 @@ def test_refused(habit: str) -> None:
 
 def test_one_module_reads_the_environment() -> None:
     _, code = HABITS["environment"]
-    assert "TID251" not in findings("omniserve/base/config.py", code)
+    assert "TID251" not in findings("omniserve/base/environment.py", code)
 
 
 def test_every_folder_of_tests_has_a_budget(time_budget: dict[str, int]) -> None:

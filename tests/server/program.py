@@ -9,8 +9,8 @@ import sys
 from typing import Any
 
 from omniserve.base.config import Options
+from omniserve.base.serving import server_options
 from omniserve.engine.process import Null
-from omniserve.server.limits import server_options
 from omniserve.server.run import configure_log, serve
 from omniserve.server.service import Service
 from tests.server.engines import command, no_pickle

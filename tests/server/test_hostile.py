@@ -268,8 +268,8 @@ def test_all_routes_ask_for_the_key(guarded: Server) -> None:
 def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Row 8: every key is compared, by hmac.compare_digest."""
     from omniserve.base.config import Options
+    from omniserve.base.serving import ServerOptions
     from omniserve.engine.process import Null
-    from omniserve.server.limits import ServerOptions
     from omniserve.server.service import Service
 
     compared: list[bytes] = []

@@ -4,7 +4,7 @@ import asyncio
 import socket
 from contextlib import closing
 
-from omniserve.server.limits import ServerOptions
+from omniserve.base.serving import ServerOptions
 from omniserve.server.run import bind
 
 

@@ -9,11 +9,10 @@ from omniserve.base.config import (
     Precision,
     check_model,
     choose_precision,
-    environment,
     options_from,
-    options_from_environment,
     resolve,
 )
+from omniserve.base.environment import environment, options_from_environment
 from omniserve.base.errors import CapacityError, ConfigError, RequestError
 from omniserve.base.spec import Device, ModelSpec
 from omniserve.base.types import SamplingParams, check_prompt

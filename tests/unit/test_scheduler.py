@@ -218,7 +218,7 @@ def test_an_aborted_request_that_never_ran_leaves_nothing() -> None:
     run(one, 2)
     one.abort("b")
     one.abort("a")
-    assert one._cache._chains == {}
+    assert one.cache._chains == {}
     one.check()
 
 
