@@ -35,7 +35,7 @@ from omniserve.formats.dummy import CONFIGS, DummySource
 from omniserve.formats.hub import fetch, hub_name
 from omniserve.formats.imports import translated
 from omniserve.formats.kv import KVFormat, kv_format
-from omniserve.formats.weight import weight_format
+from omniserve.formats.table import weight_format
 from omniserve.models.decoder import Decoder
 from omniserve.models.families import check_tensors, expected, family
 from omniserve.models.load import load_decoder

@@ -24,8 +24,9 @@ from omniserve.base.errors import CheckpointError, ConfigError
 from omniserve.base.numbers import align_up
 from omniserve.base.spec import ModelSpec
 from omniserve.formats.checkpoint import INDEX, Source
+from omniserve.formats.table import FORMATS
 from omniserve.formats.w4a8 import expand, unpack_columns
-from omniserve.formats.weight import WeightFormat, formats
+from omniserve.formats.weight import WeightFormat
 
 _LOG = log.get(__name__)
 
@@ -82,7 +83,7 @@ class Scheme:
 
     def form(self, module: str) -> WeightFormat:
         """Return the format of a linear."""
-        return formats()["w16a16" if module in self.keep else self.overrides.get(module, self.weights)]
+        return FORMATS["w16a16" if module in self.keep else self.overrides.get(module, self.weights)]
 
     @property
     def precision(self) -> Precision:
@@ -156,7 +157,7 @@ METHODS = (METHOD, "qoq", "awq", "gptq", "compressed-tensors")
 
 def _weights(keys: "_Keys", kv: KVScheme, made_by: Mapping[str, object]) -> Scheme:
     keys.known("format", "group", "overrides", "keep")
-    names = tuple(formats())
+    names = tuple(FORMATS)
     name = cast(str, keys.one_of("format", *names))
     keys.one_of("group", *({"w4a8-g128": (128,), "w4a8-row": (-1,)}.get(name, (None, -1))))
     overrides = keys.mapping("overrides", default={})

@@ -19,8 +19,8 @@ from omniserve.base.spec import ModelSpec
 from omniserve.formats.artifact import KVScheme, Linear, Part, Translated, kept, passed, scheme_from
 from omniserve.formats.checkpoint import listed
 from omniserve.formats.pickles import PickleSource, load
+from omniserve.formats.table import FORMATS
 from omniserve.formats.w4a8 import GROUP, pack_columns
-from omniserve.formats.weight import formats
 
 SLACK = 0.1
 """How far a weight may lie from its grid, in steps of the first level: fp16 round-off of 127 codes is 0.06."""
@@ -116,12 +116,12 @@ def _linear(source: PickleSource, module: str, found: _Found) -> Linear:
         if found.group is not None:
             raise CheckpointError(f"{source.path / 'scale.pt'}: {weight}.scale.1 is there, but no zero")
         make = partial(_int8, source, weight, found.row)
-        return Linear(form=formats()["w8a8"], shape=(n, k), make=make, dtypes={"scale": found.dtype})
+        return Linear(form=FORMATS["w8a8"], shape=(n, k), make=make, dtypes={"scale": found.dtype})
     if found.group is None:
         _need_columns(source, weight, "zero", found.zero, 1)
         make = partial(_row, source, weight, found.row, found.zero[:, 0], found.generation)
         dtypes = {"scale": found.dtype, "zero": torch.float32}
-        return Linear(form=formats()["w4a8-row"], shape=(n, k), make=make, dtypes=dtypes)
+        return Linear(form=FORMATS["w4a8-row"], shape=(n, k), make=make, dtypes=dtypes)
     if dtype == torch.bfloat16:
         raise CheckpointError(
             f"{source.path}: tensor {weight!r} is bfloat16, whose 8 bits cannot tell the codes of two levels apart: "
@@ -130,7 +130,7 @@ def _linear(source: PickleSource, module: str, found: _Found) -> Linear:
     for name, tensor in (("scale.1", found.group), ("zero", found.zero)):
         _need_columns(source, weight, name, tensor, k // GROUP if k % GROUP == 0 else -1)
     make = partial(_grouped, source, weight, found.row, found.group, found.zero, found.generation)
-    return Linear(form=formats()["w4a8-g128"], shape=(n, k), make=make, dtypes={"scale": found.dtype})
+    return Linear(form=FORMATS["w4a8-g128"], shape=(n, k), make=make, dtypes={"scale": found.dtype})
 
 
 def _need_columns(source: PickleSource, weight: str, name: str, tensor: Tensor, wanted: int) -> None:

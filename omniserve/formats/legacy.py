@@ -24,8 +24,9 @@ from omniserve.formats.artifact import (
     scheme_from,
 )
 from omniserve.formats.checkpoint import Source, kv_scales, listed
+from omniserve.formats.table import FORMATS
 from omniserve.formats.w4a8 import GROUP, pack_columns, unpack_columns
-from omniserve.formats.weight import Field, formats
+from omniserve.formats.weight import Field
 
 TILE = 32
 """Rows and columns of a tile of packed weights."""
@@ -176,7 +177,7 @@ def _linear(source: Source, module: str, kind: str) -> Linear:
             )
         if wanted.dtype.is_floating_point:
             dtypes[name] = dtype
-    return Linear(form=formats()[kind], shape=(n, k), make=partial(_make, source, module, kind), dtypes=dtypes)
+    return Linear(form=FORMATS[kind], shape=(n, k), make=partial(_make, source, module, kind), dtypes=dtypes)
 
 
 def _check_size(source: Source, name: str, kind: str, n: int, k: int) -> None:

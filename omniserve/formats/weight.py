@@ -1,6 +1,5 @@
 """What a weight precision is: stored tensors in a logical layout, and what `bind` makes of them for a device."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -8,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from omniserve.base.errors import CheckpointError, ConfigError
+from omniserve.base.errors import CheckpointError
 from omniserve.base.numbers import align_up
 from omniserve.ops.act import Act, ActFormat, Int8, emit
 from omniserve.ops.glu import silu_mul
@@ -156,29 +155,6 @@ def codes_of(x: Act, columns: int, *, padded_to: int) -> Int8:
 def swiglu(product: Tensor, wants: ActFormat, dtype: torch.dtype) -> Act:
     """Return silu(gate) * up of a gate|up product [T, 2F] as activations [T, F] of a model in `dtype`."""
     return emit(silu_mul(product), wants, dtype)
-
-
-@functools.cache
-def formats() -> dict[str, WeightFormat]:
-    """Return every format by name. The files of the precisions are imported here: they need the words above."""
-    from omniserve.formats.w4a8 import W4A8
-    from omniserve.formats.w8a8 import W8A8
-    from omniserve.formats.w16a16 import W16A16
-
-    return {form.name: form for form in (W16A16(), W8A8(), W4A8(None), W4A8(128))}
-
-
-def weight_format(precision_weight: str, group: int = 128) -> WeightFormat:
-    """Return the format of a precision's weights: `w16a16`, `w8a8`, or `w4a8` with group 128 or -1 (per channel).
-
-    Raises ConfigError.
-    """
-    name = {"w4a8": {128: "w4a8-g128", -1: "w4a8-row"}.get(group, "")}.get(precision_weight, precision_weight)
-    if name not in formats():
-        raise ConfigError(
-            f"weights {precision_weight}, group size {group}: must be w16a16, w8a8, or w4a8 with group size 128 or -1"
-        )
-    return formats()[name]
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -9,7 +9,8 @@ from omniserve.base.errors import CheckpointError
 from omniserve.base.spec import Experts, ModelSpec
 from omniserve.formats.artifact import read_linear, scheme_of
 from omniserve.formats.checkpoint import Source
-from omniserve.formats.weight import Weight, WeightFormat, weight_format
+from omniserve.formats.table import weight_format
+from omniserve.formats.weight import Weight, WeightFormat
 from omniserve.layers.attention import Attention
 from omniserve.layers.mlp import MLP
 from omniserve.layers.moe import MoE

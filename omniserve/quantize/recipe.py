@@ -13,10 +13,11 @@ from omniserve.base.config import Precision, nearest
 from omniserve.base.errors import CheckpointError, ConfigError
 from omniserve.base.spec import ModelSpec
 from omniserve.formats.kv import KVFormat, kv_format
-from omniserve.formats.weight import WeightFormat, formats
+from omniserve.formats.table import FORMATS
+from omniserve.formats.weight import WeightFormat
 from omniserve.quantize.hadamard import hadamard
 
-FORMATS = ("w4a8-row", "w4a8-g128", "w8a8")
+QUANTIZED = ("w4a8-row", "w4a8-g128", "w8a8")
 RANGES = ("token-head", "head", "tensor")
 CONSTRUCTIONS = ("auto", "hadamard", "random")
 
@@ -30,7 +31,7 @@ class Weights:
 
     def of(self, module: str) -> WeightFormat:
         """Return the format of a linear."""
-        return formats()[self.overrides.get(module, self.format)]
+        return FORMATS[self.overrides.get(module, self.format)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,7 +221,7 @@ class Recipe:
         inner |= {spec.ffn} if spec.experts is None else {spec.experts.ffn, spec.experts.shared_ffn} - {0}
         for columns in sorted(inner):
             try:
-                formats()[self.weights.format].fields(1, columns)
+                FORMATS[self.weights.format].fields(1, columns)
             except CheckpointError as error:
                 raise ConfigError(f"weights.format={self.weights.format}: {error}; use w8a8") from None
 
@@ -279,7 +280,7 @@ _TABLES: dict[str, type] = {
     "solve": Solve,
     "calibration": Samples,
 }
-_WORDS: dict[str, tuple[str, ...]] = {"format": FORMATS, "range": RANGES, "construction": CONSTRUCTIONS}
+_WORDS: dict[str, tuple[str, ...]] = {"format": QUANTIZED, "range": RANGES, "construction": CONSTRUCTIONS}
 _LEAST: dict[str, int] = {"samples": 1, "length": 2}
 
 
@@ -318,7 +319,7 @@ def _table(origin: str, table: str, values: object) -> Any:
             raise ConfigError(f"{where}: unknown{nearest(key, known)}; there are {', '.join(known)}")
         given[key] = _value(where, key, known[key].type, value)
     if kind is Weights and "format" not in given:
-        raise ConfigError(f"{origin}: weights.format is missing, it must be one of {', '.join(FORMATS)}")
+        raise ConfigError(f"{origin}: weights.format is missing, it must be one of {', '.join(QUANTIZED)}")
     return kind(**given)
 
 
@@ -332,8 +333,8 @@ def _value(where: str, key: str, annotation: Any, value: object) -> object:
             raise refuse("a list of numbers from 0 to 1")
         return tuple(float(one) for one in numbers)
     if get_origin(annotation) is not None and get_args(annotation):
-        if not isinstance(value, Mapping) or not all(form in FORMATS for form in value.values()):
-            raise refuse(f"a table of module names to {', '.join(FORMATS)}")
+        if not isinstance(value, Mapping) or not all(form in QUANTIZED for form in value.values()):
+            raise refuse(f"a table of module names to {', '.join(QUANTIZED)}")
         return dict(value)
     if annotation is float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 10:

@@ -17,7 +17,7 @@ from omniserve.engine.engine import Engine
 from omniserve.engine.runner import Runner
 from omniserve.formats.checkpoint import kv_scales, open_checkpoint
 from omniserve.formats.kv import KVFormat, kv_format
-from omniserve.formats.weight import weight_format
+from omniserve.formats.table import weight_format
 from omniserve.models.decoder import Decoder
 from omniserve.models.families import family
 from omniserve.models.load import load_decoder

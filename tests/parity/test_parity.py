@@ -7,7 +7,7 @@ fp32, a sum in one chain (oneDNN) has 2.04 and 3.8 times the error of MKL's bloc
 import pytest
 import torch
 
-from omniserve.formats.weight import weight_format
+from omniserve.formats.table import weight_format
 from omniserve.ops.dispatch import TABLE, Implementation
 from tests.parity.cases import CASES, Args
 

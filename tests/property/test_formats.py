@@ -6,13 +6,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from omniserve.formats.kv import kv_format, pack_halves, unpack_halves
+from omniserve.formats.table import FORMATS
 from omniserve.formats.w4a8 import W4A8, group_grid, nearest, pack_columns, unpack_columns
-from omniserve.formats.weight import WeightFormat, formats
+from omniserve.formats.weight import WeightFormat
 from omniserve.ops.act import ActFormat, Int8, quantize
 from omniserve.ops.integer import int_matmul
 
 seeds = st.integers(0, 2**31)
-forms = st.sampled_from(list(formats().values()))
+forms = st.sampled_from(list(FORMATS.values()))
 kv_names = st.sampled_from(["kv4", "kv8"])
 scales = st.sampled_from([1e-6, 1e-3, 1.0, 40.0, 3000.0])
 
@@ -110,7 +111,7 @@ def test_the_error_of_a_row_is_that_of_its_grid(form: WeightFormat, seed: int, n
 
 @given(seed=seeds, n=st.integers(1, 40), k=st.integers(1, 300), size=scales)
 def test_rounding_eight_bits_again_changes_nothing(seed: int, n: int, k: int, size: float) -> None:
-    form = formats()["w8a8"]
+    form = FORMATS["w8a8"]
     stored = form.from_dense(normal(seed, n, k) * size)
     again = form.from_dense(form.dense(stored))
     assert torch.equal(again["codes"], stored["codes"])

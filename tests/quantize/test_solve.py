@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from omniserve.base.errors import CheckpointError
+from omniserve.formats.table import FORMATS
 from omniserve.formats.w4a8 import group_grid, group_legal, unpack_columns
-from omniserve.formats.weight import WeightFormat, formats
+from omniserve.formats.weight import WeightFormat
 from omniserve.quantize.recipe import Solve
 from omniserve.quantize.solve import (
     descend,
@@ -80,7 +81,7 @@ def test_wrapped_int8_arithmetic_equals_wide_for_every_legal_parameter() -> None
 @QUANTIZED
 @SIZES
 def test_gptq_with_a_unit_hessian_is_rounding_to_nearest(name: str, n: int, k: int) -> None:
-    w, form = weights(n, k), formats()[name]
+    w, form = weights(n, k), FORMATS[name]
     grid = full_grid(w, form)
     codes = gptq(w, grid, inverse_factor(torch.eye(k, dtype=torch.float64), 0.01))
     assert torch.equal(codes, grid.nearest(w))
@@ -90,7 +91,7 @@ def test_gptq_with_a_unit_hessian_is_rounding_to_nearest(name: str, n: int, k: i
 @QUANTIZED
 @SIZES
 def test_each_step_lowers_the_error(name: str, n: int, k: int) -> None:
-    w, form, h = weights(n, k), formats()[name], normalized(hessian(k))
+    w, form, h = weights(n, k), FORMATS[name], normalized(hessian(k))
     flat = h.float()
 
     def miss(grid: object, codes: Tensor) -> Tensor:
@@ -115,7 +116,7 @@ def test_each_step_lowers_the_error(name: str, n: int, k: int) -> None:
 
 @QUANTIZED
 def test_solved_tensors_are_those_of_the_format_and_its_errors_are_true(name: str) -> None:
-    w, form, h = weights(24, 320), formats()[name], hessian(320)
+    w, form, h = weights(24, 320), FORMATS[name], hessian(320)
     solved = solve(w, h, form, Solve(descend=1))
     for field, want in form.fields(24, 320).items():
         assert tuple(solved.stored[field].shape) == want.shape
@@ -130,7 +131,7 @@ def test_solved_tensors_are_those_of_the_format_and_its_errors_are_true(name: st
 @QUANTIZED
 def test_rows_do_not_depend_on_each_other(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Solving in parts, as large matrices are, changes no code."""
-    w, form, h = weights(20, 192), formats()[name], hessian(192)
+    w, form, h = weights(20, 192), FORMATS[name], hessian(192)
     whole = solve(w, h, form, Solve())
     monkeypatch.setattr("omniserve.quantize.solve.PART", 192 * 7)
     parts = solve(w, h, form, Solve())
@@ -157,7 +158,7 @@ def test_dead_channels_and_few_tokens_are_solved() -> None:
     w, h = weights(16, 192), hessian(192, tokens=30)
     h[:, 5], h[5] = 0, 0
     for name in ("w4a8-row", "w4a8-g128", "w8a8"):
-        form = formats()[name]
+        form = FORMATS[name]
         dense = form.dense(solve(w, h, form, Solve(descend=1)).stored)
         assert torch.isfinite(dense).all()
         nothing = form.dense(solve(w, torch.zeros_like(h), form, Solve()).stored)
@@ -167,10 +168,10 @@ def test_dead_channels_and_few_tokens_are_solved() -> None:
 def test_bad_hessians_and_weights_are_refused() -> None:
     w, h = weights(4, 64), hessian(64)
     with pytest.raises(CheckpointError, match="NaN or infinity"):
-        solve(w, h * float("nan"), formats()["w4a8-row"], Solve())
+        solve(w, h * float("nan"), FORMATS["w4a8-row"], Solve())
     with pytest.raises(CheckpointError, match="even number"):
-        solve(weights(4, 63), hessian(63), formats()["w4a8-row"], Solve())
-    form = formats()["w4a8-g128"]
+        solve(weights(4, 63), hessian(63), FORMATS["w4a8-row"], Solve())
+    form = FORMATS["w4a8-g128"]
     with pytest.raises(CheckpointError, match="int8 cannot hold"):
         form.from_codes(torch.zeros(1, 4), torch.tensor([[17.0]]), torch.tensor([[0.0]]), torch.ones(1, 1))  # type: ignore[attr-defined]  # of W4A8
     with pytest.raises(CheckpointError, match="not positive"):
@@ -184,7 +185,7 @@ def test_bad_hessians_and_weights_are_refused() -> None:
 def test_codes_of_adversarial_groups_stay_in_range(rows: list[list[float]], seed: int) -> None:
     """Whatever the weights, GPTQ's overshoot and the refinement included, every stored group decodes into int8."""
     w = torch.tensor(rows)
-    form = formats()["w4a8-g128"]
+    form = FORMATS["w4a8-g128"]
     stored = solve(w, hessian(130, seed=seed, tokens=200), form, Solve(descend=1)).stored
     scale, zero = stored["group_scale"].long(), stored["group_zero"].long()
     assert bool(group_legal(scale, zero).all())

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from omniserve.base.errors import CheckpointError, ConfigError
 from omniserve.formats.checkpoint import open_checkpoint
@@ -140,20 +141,24 @@ def test_memory_is_one_layer_not_the_model(tmp_path: Path) -> None:
 def held_bytes(model: Path, out: Path) -> int:
     """The most bytes of tensors that are alive between two steps of a run, beyond those alive before it."""
 
-    def alive() -> int:
+    def tensors() -> list[Tensor]:
         gc.collect()
-        tensors = [found for found in gc.get_objects() if type(found) is torch.Tensor]
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+        return [found for found in gc.get_objects() if type(found) is torch.Tensor]
+
+    before = tensors()  # held, so that none of them is freed meanwhile and its place reused
+    known = {t.untyped_storage().data_ptr() for t in before}
+
+    def alive() -> int:
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors()}
+        return sum(size for place, size in storages.items() if place not in known)
 
     seen = [0]
-    source = open_checkpoint(model)
-    start = alive()
     quantize(
-        source,
+        open_checkpoint(model),
         small("w4a8kv4-g128"),
         out,
         calibration=calibration(model),
-        progress=lambda phase, done, total: seen.append(alive() - start),
+        progress=lambda phase, done, total: seen.append(alive()),
     )
     return max(seen)
 

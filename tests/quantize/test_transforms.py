@@ -11,7 +11,7 @@ from omniserve.base.config import Options
 from omniserve.base.spec import ModelSpec
 from omniserve.engine.build import build
 from omniserve.formats.checkpoint import open_checkpoint
-from omniserve.formats.weight import formats
+from omniserve.formats.table import FORMATS
 from omniserve.quantize.forward import Forward
 from omniserve.quantize.hadamard import orthogonal
 from omniserve.quantize.kvsmooth import fold_key_factor, key_factor
@@ -29,7 +29,7 @@ from tests.tiny import tiny_model
 
 Change = Callable[[Layer, Statistics, ModelSpec], tuple[Layer, Statistics]]
 
-ROW = formats()["w4a8-row"]
+ROW = FORMATS["w4a8-row"]
 
 
 def largest(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -30,7 +30,7 @@ from omniserve.formats.artifact import (
     write_folder,
 )
 from omniserve.formats.checkpoint import FolderSource, kv_scales, open_checkpoint
-from omniserve.formats.weight import formats
+from omniserve.formats.table import FORMATS
 from omniserve.models.families import check_tensors, expected, family, linears
 from tests.tiny import tiny_model
 
@@ -276,7 +276,7 @@ def test_codes_that_are_not_in_use_may_leave_int8(tmp_path: Path) -> None:
 
     source = open_checkpoint(rewrite(artefact(tmp_path / "m", SCHEMES["g128"]), change))
     read = read_linear(source, SCHEMES["g128"], Q)
-    assert float(formats()["w4a8-g128"].dense(read)[0, 0]) == (14 * 17 - 120) * float(read["scale"][0])
+    assert float(FORMATS["w4a8-g128"].dense(read)[0, 0]) == (14 * 17 - 120) * float(read["scale"][0])
 
 
 def test_key_means_and_static_scales(tmp_path: Path) -> None:
@@ -425,7 +425,7 @@ def test_what_is_not_finite_is_not_written(tmp_path: Path) -> None:
 
 def test_translated_sources_state_their_loss(tmp_path: Path) -> None:
     source = FolderSource(tiny_model(tmp_path / "m"))
-    form = formats()["w8a8"]
+    form = FORMATS["w8a8"]
     made = []
 
     def make() -> tuple[dict[str, Tensor], float]:

@@ -18,8 +18,8 @@ from omniserve.formats.artifact import Translated, described_config, read_linear
 from omniserve.formats.checkpoint import open_checkpoint
 from omniserve.formats.imports import translated
 from omniserve.formats.imports.packed import keep_codes
+from omniserve.formats.table import FORMATS
 from omniserve.formats.w4a8 import W4A8, unpack_columns
-from omniserve.formats.weight import formats
 from omniserve.models.families import check_tensors, family, linears
 from tests.tiny import tiny_model
 
@@ -539,7 +539,7 @@ def test_keeping_codes_beats_rounding_again() -> None:
     zeros = (-low / scales).round().long()
     codes = (grouped / scales[..., None] + zeros[..., None]).round().clamp(0, 15).to(torch.uint8)
     source = ((codes - zeros[..., None]) * scales[..., None]).view(96, 512)
-    g128 = formats()["w4a8-g128"]
+    g128 = FORMATS["w4a8-g128"]
     kept = g128.dense(keep_codes(codes.view(96, 512), scales, zeros))
     again = g128.dense(g128.from_dense(source))
     first, second, third = (float((x - w).pow(2).sum() / w.pow(2).sum()) for x in (source, kept, again))

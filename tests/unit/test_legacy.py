@@ -18,9 +18,9 @@ from omniserve.formats.artifact import KVScheme, Scheme, Translated, described_c
 from omniserve.formats.checkpoint import FolderSource, Source, open_checkpoint
 from omniserve.formats.imports import translated
 from omniserve.formats.legacy import Export, natural_channels, pack_tiles, permute_channels, unpack_tiles
+from omniserve.formats.table import FORMATS
 from omniserve.formats.w4a8 import W4A8, unpack_columns
 from omniserve.formats.w8a8 import Int8Weight
-from omniserve.formats.weight import formats
 from omniserve.models.families import check_tensors, family, linears
 from tests.tiny import tiny_model
 from tests.unit.test_artifact import artefact
@@ -84,7 +84,7 @@ def published(
     tensors = {name: tensor.half() for name, tensor in load_file(folder / "model.safetensors").items()}
     stored = {}
     for module in linears(family(config).spec(config)):
-        stored[module] = formats()[form].from_dense(tensors.pop(f"{module}.weight"))
+        stored[module] = FORMATS[form].from_dense(tensors.pop(f"{module}.weight"))
         tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in publish(form, stored[module]).items()}
     for name in tensors:
         if name.endswith("layernorm.weight"):

@@ -7,16 +7,17 @@ import torch
 from torch import Tensor
 
 from omniserve.base.errors import CheckpointError, ConfigError
+from omniserve.formats.table import FORMATS, weight_format
 from omniserve.formats.w4a8 import GROUP, W4A8, expand, group_grid, pack_columns, unpack_columns
 from omniserve.formats.w16a16 import gemm_w16a16, onednn_works, pack
-from omniserve.formats.weight import WeightFormat, formats, weight_format
+from omniserve.formats.weight import WeightFormat
 from omniserve.ops.act import Act, ActFormat, Both, Int8, Plain, quantize
 from omniserve.ops.dispatch import force_reference
 from omniserve.ops.glu import silu_mul
 from omniserve.ops.integer import int_matmul
 
-ALL = pytest.mark.parametrize("form", formats().values(), ids=formats())
-QUANTIZED = pytest.mark.parametrize("form", [f for f in formats().values() if f.name != "w16a16"], ids=lambda f: f.name)
+ALL = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+QUANTIZED = pytest.mark.parametrize("form", [f for f in FORMATS.values() if f.name != "w16a16"], ids=lambda f: f.name)
 ROW, G128 = W4A8(None), W4A8(128)
 
 

@@ -26,8 +26,9 @@ from omniserve.formats.artifact import (
     scheme_from,
 )
 from omniserve.formats.checkpoint import Source, read_json
+from omniserve.formats.table import FORMATS
 from omniserve.formats.w4a8 import CHUNK, GROUP, SMALLEST, pack_columns
-from omniserve.formats.weight import concat, formats
+from omniserve.formats.weight import concat
 
 _LOG = log.get(__name__)
 
@@ -200,7 +201,7 @@ def _linear(linear: Packed, columns: Tensor | None, rows: Tensor | None) -> Line
     elif name == "w8a8":
         dtypes = {"scale": exact if keeps else torch.float32}
     return Linear(
-        form=formats()[name],
+        form=FORMATS[name],
         shape=linear.shape,
         make=partial(_make, linear, name, keeps, columns, rows),
         dtypes=dtypes,
@@ -219,7 +220,7 @@ def _make(
         groups = _neighbours(linear)
     if not keeps:
         w = grid.dense(groups)
-        stored = formats()[name].from_dense(w)
+        stored = FORMATS[name].from_dense(w)
     elif name == "w4a8-row":
         scale = grid.scales[:, 0].float()
         stored = {"codes": pack_columns(grid.codes), "scale": scale, "zero": grid.zeros[:, 0].float() * scale}
@@ -230,7 +231,7 @@ def _make(
         stored = keep_codes(grid.codes, *_per_128(grid, linear))
     loss = 0.0
     if not keeps or name == "w4a8-g128":
-        miss = formats()[name].dense(stored).sub_(w)
+        miss = FORMATS[name].dense(stored).sub_(w)
         loss = float(miss.double().pow(2).sum() / w.double().pow(2).sum().clamp(min=1e-30))
     return {key: tensor if rows is None else tensor[rows] for key, tensor in stored.items()}, loss
 
