@@ -1,6 +1,7 @@
 """Checkpoints, read tensor by tensor: a GGUF file, or a Hugging Face folder of safetensors.
 
-No pickle is opened here; every defect of a file is a CheckpointError of one sentence that names file and tensor.
+No pickle is opened here; every defect of a file is a CheckpointError of one sentence that names file and tensor. torch
+is imported for tensors only, so that a tokenizer can be read without it.
 """
 
 import json
@@ -9,30 +10,33 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from omniserve.base.config import nearest
 from omniserve.base.errors import CheckpointError, ConfigError
 from omniserve.formats.gguf import GGUFSource
 from omniserve.formats.gguf_header import MAGIC
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 LOAD_FORMATS = ("auto", "safetensors", "gguf")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 INDEX = "model.safetensors.index.json"
 
 _DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "I32": torch.int32,
-    "I64": torch.int64,
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "I32": ("int32", 4),
+    "I64": ("int64", 8),
 }
+"""torch's name of each type of a safetensors file, and its bytes."""
 _MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library itself."""
 _MAX_JSON_BYTES = 64 << 20
@@ -57,10 +61,10 @@ class Source(Protocol):
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, read from the header alone."""
 
-    def dtype(self, name: str) -> torch.dtype:
+    def dtype(self, name: str) -> "torch.dtype":
         """Type that `tensor` returns, read from the header alone."""
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> "Tensor":
         """One tensor: as stored in safetensors; of a GGUF file de-quantized fp32, q and k rows un-permuted."""
 
 
@@ -168,7 +172,7 @@ class FolderSource:
         self.path = Path(path)
         self._config = read_json(self.path / "config.json")
         self._files: dict[str, Path] = {}
-        self._entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self._entries: dict[str, tuple[str, tuple[int, ...]]] = {}
         index = self.path / INDEX
         places = _read_index(index) if index.exists() else None
         for file in _shards(self.path) if places is None else sorted({self.path / name for name in places.values()}):
@@ -199,11 +203,14 @@ class FolderSource:
         """Shape of a tensor."""
         return self._entry(name)[1]
 
-    def dtype(self, name: str) -> torch.dtype:
+    def dtype(self, name: str) -> "torch.dtype":
         """Type of a tensor as stored."""
-        return self._entry(name)[0]
+        import torch
 
-    def tensor(self, name: str) -> Tensor:
+        dtype: torch.dtype = getattr(torch, _DTYPES[self._entry(name)[0]][0])
+        return dtype
+
+    def tensor(self, name: str) -> "Tensor":
         """Return one tensor as stored, backed by the mapped file: do not write to it."""
         self._entry(name)
         file = self._files[name]
@@ -215,7 +222,7 @@ class FolderSource:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: tensor {name!r} cannot be read ({_line(error)})") from None
 
-    def _entry(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+    def _entry(self, name: str) -> tuple[str, tuple[int, ...]]:
         if name not in self._entries:
             raise CheckpointError(f"{self.path}: tensor {name!r} is missing")
         return self._entries[name]
@@ -266,7 +273,7 @@ def _shards(folder: Path) -> list[Path]:
     return files
 
 
-def _read_header(file: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def _read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return type and shape of every tensor of a safetensors file whose header is sound.
 
     The library checks the same when it opens the file; this check comes first because it names tensor and numbers.
@@ -298,7 +305,7 @@ def _read_header(file: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     return entries
 
 
-def _check_entry(file: Path, name: str, entry: object) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+def _check_entry(file: Path, name: str, entry: object) -> tuple[str, tuple[int, ...], int, int]:
     def whole(numbers: object) -> bool:
         return isinstance(numbers, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers)
 
@@ -309,13 +316,13 @@ def _check_entry(file: Path, name: str, entry: object) -> tuple[torch.dtype, tup
         raise CheckpointError(f"{file}: tensor {name!r} has dtype {str(word)[:60]}, allowed are {', '.join(_DTYPES)}")
     if not whole(shape) or not whole(offsets) or len(offsets) != 2 or len(shape) > 8:
         raise CheckpointError(f"{file}: tensor {name!r} has an invalid shape or data_offsets")
-    wanted, (begin, end) = math.prod(shape) * _DTYPES[word].itemsize, offsets
+    wanted, (begin, end) = math.prod(shape) * _DTYPES[word][1], offsets
     if end - begin != wanted:
         raise CheckpointError(
             f"{file}: tensor {name!r} of shape {shape} and type {word} needs {wanted} bytes, its data_offsets "
             f"are {begin} to {end}"
         )
-    return _DTYPES[word], tuple(shape), begin, end
+    return word, tuple(shape), begin, end
 
 
 def _check_places(file: Path, places: list[tuple[int, int, str]], size: int) -> None:
@@ -333,7 +340,7 @@ def _check_places(file: Path, places: list[tuple[int, int, str]], size: int) -> 
         raise CheckpointError(f"{file}: {size - at} bytes behind the last tensor belong to no tensor")
 
 
-def kv_scales(source: Source, layers: int) -> list[Tensor] | None:
+def kv_scales(source: Source, layers: int) -> "list[Tensor] | None":
     """Return the static KV8 scales of each layer, fp32 [2, H] (K after RoPE, V), or None if the checkpoint has none.
 
     They are our `self_attn.kv_scale` [2, H], or QServe's `self_attn.kv_scale_quant_orig` [2], one for all heads.
@@ -350,7 +357,9 @@ def kv_scales(source: Source, layers: int) -> list[Tensor] | None:
     return None
 
 
-def _kv_scale(source: Source, name: str, shared: bool) -> Tensor:
+def _kv_scale(source: Source, name: str, shared: bool) -> "Tensor":
+    import torch
+
     heads = source.config.get("num_key_value_heads") or source.config.get("num_attention_heads")
     if type(heads) is not int or heads < 1:
         raise CheckpointError(f"{source.path}: num_key_value_heads={heads!r}: must be a positive whole number")

@@ -3,12 +3,15 @@
 import math
 import zlib
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from omniserve.base.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _COLUMNS = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -50,8 +53,15 @@ class DummySource:
         self.path = Path(self.label)
         self._config = config
         self._shapes = dict(shapes)
+
+    @cached_property
+    def _pools(self) -> "dict[int, Tensor]":
+        """Random numbers by the columns of the tensors that are filled with them."""
+        import torch
+
         pool = torch.randn(_POOL, generator=torch.Generator().manual_seed(0))
-        self._pools = {columns: (pool * columns**-0.5).half() for columns in {shape[-1] for shape in shapes.values()}}
+        columns = {shape[-1] for shape in self._shapes.values()}
+        return {count: (pool * count**-0.5).half() for count in columns}
 
     @property
     def config(self) -> Mapping[str, object]:
@@ -68,16 +78,20 @@ class DummySource:
             raise CheckpointError(f"{self.label}: tensor {name!r} is missing")
         return self._shapes[name]
 
-    def dtype(self, name: str) -> torch.dtype:
+    def dtype(self, name: str) -> "torch.dtype":
         """float16."""
+        import torch
+
         self.shape(name)
         return torch.float16
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> "Tensor":
         """Return one tensor: a window of an endless repetition of the pool, scaled."""
+        import torch
+
         shape = self.shape(name)
         if name.endswith("norm.weight"):
             return torch.ones(shape, dtype=torch.float16)
         start, count = zlib.crc32(name.encode()) % _POOL, math.prod(shape)
-        endless: Tensor = self._pools[shape[-1]].repeat((start + count - 1) // _POOL + 1)
+        endless = self._pools[shape[-1]].repeat((start + count - 1) // _POOL + 1)
         return endless[start : start + count].view(shape)

@@ -8,14 +8,17 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from omniserve.base import log
 from omniserve.base.errors import CheckpointError
 from omniserve.formats.gguf_header import MAX_ENTRIES, TensorInfo, read_header, shown, tensor_types
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = ["GGUFSource", "shown"]
 
@@ -126,7 +129,7 @@ class GGUFSource:
 
     The file stays mapped; `tensor` copies what it returns, and nothing else is held. Rows of q and k of architecture
     `llama`, which its files store in the order of neighbouring rotated dims, come back in Hugging Face's order; the
-    experts of a layer, which are one tensor in the file, come back one by one.
+    experts of a layer, which are one tensor in the file, come back one by one. torch is imported for tensors only.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -172,16 +175,20 @@ class GGUFSource:
         """Shape of a tensor, rows first."""
         return self._info(name).shape
 
-    def dtype(self, name: str) -> torch.dtype:
+    def dtype(self, name: str) -> "torch.dtype":
         """float32: tensors are de-quantized when they are read."""
+        import torch
+
         self._info(name)
         return torch.float32
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> "Tensor":
         """Return one tensor, de-quantized to fp32 and owned by the caller.
 
         Raises CheckpointError if there is no such tensor.
         """
+        import torch
+
         info = self._info(name)
         out = torch.empty(info.shape, dtype=torch.float32)
         self._dequantize(info, out.view(-1).numpy())

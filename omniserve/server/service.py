@@ -401,7 +401,7 @@ class Service:
 
 
 def _import_text() -> None:
-    """Import torch and the tokenizers while the engine loads."""
+    """Import the tokenizers while the engine loads."""
     import omniserve.generation  # noqa: F401
 
 
