@@ -19,3 +19,7 @@ class CapacityError(OmniserveError):
 
 class RequestError(OmniserveError):
     """A request that cannot be served as given."""
+
+
+class ServerError(OmniserveError):
+    """A server that cannot be reached, or that refuses what it was asked."""

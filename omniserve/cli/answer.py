@@ -1,30 +1,36 @@
-"""`omniserve generate` and `omniserve chat`: text out of a model, as it is produced."""
+"""`omniserve generate`: text out of a model, as it is produced."""
 
-import signal
-import sys
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast
 
 from cyclopts import Parameter
 
-from omniserve.base.errors import ConfigError, OmniserveError, RequestError
-from omniserve.base.types import FinishReason, SamplingParams, Usage
+from omniserve.base.errors import ConfigError, RequestError
+from omniserve.base.types import SamplingParams, Usage
 from omniserve.cli.bulk import bulk
 from omniserve.cli.flags import NO_FLAGS, SAMPLING, Common, EngineFlags, SamplingFlags, given, settings
 from omniserve.cli.loading import load
-from omniserve.cli.output import as_json, piece, result, say
+from omniserve.cli.output import as_json, piece, result
 
 if TYPE_CHECKING:
     from omniserve import LLM
-    from omniserve.llm import Delta
 
-Message = dict[str, str]
+
+class Said(Protocol):
+    """What a step of an answer brought; a server tells texts but no ids."""
+
+    @property
+    def text(self) -> str: ...  # noqa: D102
+    @property
+    def token_ids(self) -> tuple[int, ...]: ...  # noqa: D102
+    @property
+    def finish_reason(self) -> str | None: ...  # noqa: D102
+    @property
+    def usage(self) -> Usage | None: ...  # noqa: D102
 
 
 @Parameter(name="*", group=SAMPLING)
@@ -65,8 +71,13 @@ class Answer:
     last: float | None = None
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
+    finish_reason: str | None = None
     usage: Usage | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were produced, as far as is known."""
+        return len(self.token_ids) or (0 if self.usage is None else self.usage.completion_tokens)
 
     @property
     def ttft_seconds(self) -> float | None:
@@ -76,13 +87,13 @@ class Answer:
     @property
     def tokens_per_second(self) -> float | None:
         """Tokens after the first one, divided by the seconds they took."""
-        if self.first is None or self.last is None or self.last <= self.first:
+        if self.first is None or self.last is None or self.last <= self.first or not self.tokens:
             return None
-        return (len(self.token_ids) - 1) / (self.last - self.first)
+        return (self.tokens - 1) / (self.last - self.first)
 
     def line(self) -> str:
         """Return the numbers for people."""
-        parts = [f"{len(self.token_ids)} tokens"]
+        parts = [f"{self.tokens} tokens"] if self.tokens else []
         if self.usage is not None:
             parts = [f"{self.usage.prompt_tokens} prompt tokens ({self.usage.cached_tokens} cached)", *parts]
         if self.ttft_seconds is not None:
@@ -93,16 +104,16 @@ class Answer:
 
 
 def collect(
-    start: "Callable[[], Iterator[Delta]]",
+    start: Callable[[], Iterator[Said]],
     *,
     write: Callable[[str], None] | None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Answer:
     """Return the whole answer of a stream, writing each piece of text as it comes; `stop` ends it early."""
     answer = Answer(began=time.perf_counter())
-    with closing(cast("Generator[Delta]", start())) as deltas:
+    with closing(cast("Generator[Said]", start())) as deltas:
         for delta in deltas:
-            if delta.token_ids:
+            if delta.token_ids or delta.text:
                 answer.last = time.perf_counter()
                 answer.first = answer.first or answer.last
                 answer.token_ids.extend(delta.token_ids)
@@ -186,46 +197,6 @@ def generate(
             result("")
 
 
-def chat(
-    model: str | None = None,
-    /,
-    *,
-    question: Annotated[str | None, Parameter(name="-q", allow_leading_hyphen=True)] = None,
-    system: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
-    stats: Annotated[bool, Parameter(negative="")] = False,
-    sampling: AnswerFlags = AnswerFlags(),
-    engine: EngineFlags = NO_FLAGS,
-    common: Common = Common(),  # noqa: B008  # frozen
-) -> None:
-    """Talk with a model in the terminal. Ctrl-C ends an answer, Ctrl-D the conversation; /clear forgets it.
-
-    Parameters
-    ----------
-    model
-        A .gguf file, a model folder or a name on huggingface.co (ORG/NAME); with --dummy-weights none.
-    question
-        Answer this question and leave.
-    system
-        System message at the start of the conversation.
-    stats
-        After each answer, print token counts, time to first token and tokens per second.
-    """
-    options = settings(engine, common)
-    params = sampling.params(max_tokens=None, seed=given(engine).get("seed"))
-    for text, name in ((question, "question"), (system, "system message")):
-        if text is not None:
-            check_text(text, name)
-    start = [] if system is None else [{"role": "system", "content": system}]
-    with load(model, options, brief=not sys.stderr.isatty()) as llm:
-        if question is not None:
-            answer = collect(lambda: llm.stream_chat([*start, _user(question)], params), write=piece)
-            result("")
-            if stats:
-                say(answer.line())
-            return
-        _converse(llm, start, params, stats=stats)
-
-
 def check_text(text: str, name: str) -> None:
     """Raise RequestError unless the text is there and is proper Unicode."""
     if not text:
@@ -256,70 +227,3 @@ def as_object(llm: "LLM", answer: Answer) -> dict[str, Any]:
         "ttft_ms": None if answer.ttft_seconds is None else 1000 * answer.ttft_seconds,
         "tokens_per_second": answer.tokens_per_second,
     }
-
-
-def _user(text: str) -> Message:
-    return {"role": "user", "content": text}
-
-
-def _converse(llm: "LLM", start: list[Message], params: SamplingParams, *, stats: bool) -> None:
-    """Answer line after line until the end of input; a refused line leaves the conversation as it was."""
-    history = list(start)
-    for line in _lines():
-        if line == "/clear":
-            history = list(start)
-            continue
-        if line == "/exit":
-            return
-        try:
-            check_text(line, "message")
-            with _interruption() as interrupted:
-                messages = [*history, _user(line)]
-                answer = collect(partial(llm.stream_chat, messages, params), write=piece, stop=interrupted)
-        except OmniserveError as error:
-            say(f"omniserve: error: {error} (/clear starts a new conversation)")
-            continue
-        result("")
-        history += [_user(line), {"role": "assistant", "content": answer.text}]
-        if stats:
-            say(answer.line())
-
-
-def _lines() -> Iterator[str]:
-    """Yield the lines of standard input that hold something, with a prompt and line editing at a terminal."""
-    if not sys.stdin.isatty():
-        for line in sys.stdin:
-            if line.strip():
-                yield line.strip()
-        return
-    import readline  # noqa: F401  # input() edits lines and remembers them once this is imported
-
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            say("")
-            return
-        if line:
-            yield line
-
-
-@contextmanager
-def _interruption() -> Iterator[Callable[[], bool]]:
-    """Let the first Ctrl-C set what the yielded function tells, and the second one interrupt as usual.
-
-    A step is never torn apart that way, so the engine can go on with the next question.
-    """
-    count = 0
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal count
-        count += 1
-        if count > 1:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: count > 0
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -7,7 +7,8 @@ from cyclopts import App, CycloptsError, UnknownCommandError, UnknownOptionError
 
 from omniserve import __version__
 from omniserve.base.config import nearest
-from omniserve.cli.answer import chat, generate
+from omniserve.cli.answer import generate
+from omniserve.cli.chat import chat
 from omniserve.cli.convert import convert
 from omniserve.cli.demo import demo
 from omniserve.cli.doctor import doctor

@@ -52,7 +52,6 @@ def test_other_commands(run: Run, tmp_path: Path) -> None:
     ("command", "words"),
     [
         (["generate", "--prompt", "a"], ["MODEL is missing"]),
-        (["chat", "-q", "a"], ["MODEL is missing"]),
         ([*BENCH], ["MODEL is missing"]),
         ([*BENCH, "--shape", "tiny"], ["shape=tiny", "load_format=dummy"]),
         ([*BENCH, "--dummy-weights"], ["give the shape"]),
