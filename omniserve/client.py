@@ -32,6 +32,7 @@ from omniserve.engine.process import (
     Frames,
     FromEngine,
     Landed,
+    Look,
     Null,
     Progress,
     Ready,
@@ -39,6 +40,7 @@ from omniserve.engine.process import (
     Said,
     Start,
     Stop,
+    View,
     frame,
 )
 
@@ -77,6 +79,7 @@ class AsyncEngine:
     on_progress       called as on_progress(phase, done, total) while the model loads
 
     ready  what was loaded, None before; dead: why the engine can serve no more, None while it can
+    view   the answer to the last `look` that was answered
     """
 
     def __init__(
@@ -113,6 +116,8 @@ class AsyncEngine:
         self._closing = False
         self.ready: Ready | None = None
         self.dead: str | None = None
+        self.view: View | None = None
+        self._looking = False
 
     # Life
 
@@ -232,6 +237,12 @@ class AsyncEngine:
         if gone and self.dead is None:
             self._send(Abort(gone))
 
+    def look(self) -> None:
+        """Ask what the pages are used for; `view` will be the answer. Nothing happens while one is on its way."""
+        if self.ready is not None and self.dead is None and not self._looking:
+            self._looking = True
+            self._send(Look())
+
     async def generate(
         self,
         tokens: Sequence[int],
@@ -294,6 +305,8 @@ class AsyncEngine:
                     self._on_landed(message)
                 for output in message.outputs:
                     self._hand_out(output)
+            case View():
+                self.view, self._looking = message, False
             case Refused(name, sentence):
                 if sink := self._sinks.pop(name, None):
                     sink(RequestError(sentence))

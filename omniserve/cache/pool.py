@@ -5,6 +5,9 @@ Plain Python: no torch here. A page is a number; its bytes live in `cache/store.
 
 from collections import OrderedDict
 
+FREE, CACHED, HELD, SHARED = range(4)
+"""States of a page, for whoever draws a map: see PagePool; shared is held more than once."""
+
 
 class PagePool:
     """Reference counts, content hashes and the order of eviction of the pages 0 .. total - 1.
@@ -23,6 +26,7 @@ class PagePool:
         self._free = list(range(pages - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._held = 0
+        self._states = bytearray(pages)
         self._references = [0] * pages
         self._hashes: list[bytes | None] = [None] * pages
         self._found: dict[bytes, int] = {}
@@ -47,6 +51,11 @@ class PagePool:
         """Pages that `allocate` can hand out: free and cached ones."""
         return len(self._free) + len(self._cached)
 
+    @property
+    def states(self) -> bytes:
+        """FREE, CACHED, HELD or SHARED of each page, up to the last one that is not free."""
+        return bytes(self._states).rstrip(b"\0")
+
     def references(self, page: int) -> int:
         """Return how many holders a page has."""
         return self._references[page]
@@ -68,6 +77,7 @@ class PagePool:
             page, _ = self._cached.popitem(last=False)
             self._forget(page)
         self._references[page] = 1
+        self._states[page] = HELD
         self._held += 1
         return page
 
@@ -77,18 +87,22 @@ class PagePool:
             del self._cached[page]
             self._held += 1
         self._references[page] += 1
+        self._states[page] = HELD if self._references[page] == 1 else SHARED
 
     def release(self, page: int) -> None:
         """Take a holder from a page; without holders it becomes cached if it has a hash, else free."""
         assert self._references[page] > 0, page
         self._references[page] -= 1
         if self._references[page]:
+            self._states[page] = HELD if self._references[page] == 1 else SHARED
             return
         self._held -= 1
         if self._hashes[page] is None:
             self._free.append(page)
+            self._states[page] = FREE
         else:
             self._cached[page] = None
+            self._states[page] = CACHED
 
     def find(self, content: bytes) -> int | None:
         """Return the page that a content hash names."""
@@ -108,6 +122,8 @@ class PagePool:
         for page in list(self._found.values()):
             self._forget(page)
         self._free += self._cached
+        for page in self._cached:
+            self._states[page] = FREE
         self._cached.clear()
 
     def _forget(self, page: int) -> None:
@@ -124,6 +140,9 @@ class PagePool:
         assert len(free) == self.free and len(held) == self.held, (free, held)
         assert free | cached | held == set(range(self.total)), (free, cached, held)
         assert min(self._references) >= 0, self._references
+        words = dict.fromkeys(cached, CACHED) | dict.fromkeys(held, HELD)
+        words |= {page: SHARED for page in held if self._references[page] > 1}
+        assert self._states == bytes(words.get(page, FREE) for page in range(self.total)), self._states
         hashed = {page: content for page, content in enumerate(self._hashes) if content is not None}
         assert {page: content for content, page in self._found.items()} == hashed, (self._found, hashed)
         assert cached <= hashed.keys() <= cached | held, (cached, held, hashed)

@@ -84,7 +84,11 @@ class Stop(msgspec.Struct, tag=True, frozen=True):
     """Drop everything and end."""
 
 
-ToEngine = Start | Add | Abort | Stop
+class Look(msgspec.Struct, tag=True, frozen=True):
+    """Somebody watches: say what the pages are used for."""
+
+
+ToEngine = Start | Add | Abort | Look | Stop
 
 
 # Messages from the engine
@@ -99,7 +103,13 @@ class Progress(msgspec.Struct, tag=True, frozen=True):
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """What was loaded. capacity: tokens that one request can have; pages: of each kind of heads."""
+    """What was loaded.
+
+    capacity               tokens that one request can have
+    pages                  of each kind of heads
+    kv_token_bytes         of a token in the KV cache; kv_token_bytes_fp16: the same in 16 bits, without scales
+    heads                  per layer, the first letter of each key head's kind
+    """
 
     model: str
     path: str
@@ -110,6 +120,8 @@ class Ready(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     weight_bytes: int
     kv_bytes: int
     kv_token_bytes: int
+    kv_token_bytes_fp16: int
+    heads: tuple[str, ...]
     rounding: str
     seconds: dict[str, float]
     operations: dict[str, str]
@@ -148,6 +160,17 @@ class Landed(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     stats: Stats
 
 
+class View(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """What the pages are used for.
+
+    states    of the pages of each kind of heads, a byte each (`cache/pool.py`); those after the last byte are free
+    requests  of each running one: pages held, and pages that a step of it reads
+    """
+
+    states: dict[str, bytes]
+    requests: list[tuple[int, int]]
+
+
 class Refused(msgspec.Struct, tag=True, frozen=True):
     """A request that can never be served."""
 
@@ -162,7 +185,7 @@ class Said(msgspec.Struct, tag=True, frozen=True):
     text: str
 
 
-FromEngine = Progress | Ready | Failed | Landed | Refused | Said
+FromEngine = Progress | Ready | Failed | Landed | View | Refused | Said
 
 
 # The wire
@@ -336,6 +359,8 @@ def serve(engine: "Engine", link: Link, ready: Ready) -> None:
                         engine.abort(name)
                         requests.pop(name, None)
                     aborted = True
+                case Look():
+                    link.send(_view(engine))
                 case Stop():
                     engine.close()
                     return
@@ -398,6 +423,14 @@ def _stats(engine: "Engine") -> Stats:
     )
 
 
+def _view(engine: "Engine") -> View:
+    cache = engine.scheduler.cache
+    return View(
+        states={kind.value: pool.states for kind, pool in cache.pools.items()},
+        requests=[(held, held) for held in cache.holdings()],  # a dense model reads all it holds
+    )
+
+
 class _Observed:
     """An executor that notes what goes through it."""
 
@@ -440,17 +473,19 @@ def described(built: "Built") -> Ready:
     """Return what a server is told about a loaded engine."""
     from omniserve.ops.dispatch import choices
 
-    pools = built.engine.scheduler.cache.pools
+    pools, spec = built.engine.scheduler.cache.pools, built.spec
     return Ready(
         model=built.plan.model,
         path=str(built.source.path),
         config=built.config,
-        vocab=built.spec.vocab,
+        vocab=spec.vocab,
         capacity=built.plan.kv_tokens,
         pages={kind.value: pool.total for kind, pool in pools.items()},
         weight_bytes=built.plan.weight_bytes,
         kv_bytes=built.plan.kv_bytes,
         kv_token_bytes=built.plan.kv_token_bytes,
+        kv_token_bytes_fp16=4 * spec.layers * spec.kv_heads * spec.head_dim,
+        heads=(Kind.RETRIEVAL.value[0] * spec.kv_heads,) * spec.layers,
         rounding=built.plan.rounding,
         seconds=built.plan.seconds,
         operations=choices(built.config.device.kind),
@@ -496,6 +531,8 @@ def null_engine(step_seconds: float, options: Options) -> tuple["Engine", Ready]
         weight_bytes=0,
         kv_bytes=0,
         kv_token_bytes=1,
+        kv_token_bytes_fp16=1,
+        heads=(),
         rounding="",
         seconds={},
         operations={},

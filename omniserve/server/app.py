@@ -30,6 +30,7 @@ from omniserve.server.metrics import CONTENT_TYPE
 from omniserve.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from omniserve.server.service import Service
 from omniserve.server.stream import ChatForm, CompletionForm, EventStream, Feed, Form, until_done, whole
+from omniserve.server.watch import Watch
 
 POSTS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
 STATS_SECONDS = 0.25
@@ -281,6 +282,8 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
 
 
 def _add_state(app: FastAPI, service: Service) -> None:
+    watch = Watch(service)
+
     @app.get("/health", responses={503: {"description": "the engine is dead"}}, response_class=Response)
     async def health() -> Response:
         """200 while the engine lives; the guard answers it."""
@@ -306,7 +309,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/engine/stats", responses=_errors(), response_model=None)
     async def stats() -> Response:
         """What the engine is doing, a few times a second, as server-sent events."""
-        return Feed(service.snapshot, seconds=STATS_SECONDS, stopped=lambda: service.state in ("draining", "dead"))
+        return Feed(watch.snapshot, seconds=STATS_SECONDS, stopped=lambda: service.state in ("draining", "dead"))
 
 
 # Pages

@@ -1,8 +1,5 @@
 """Prometheus metrics, by vLLM's names behind our prefix. No label but the model's name and closed sets of words."""
 
-import bisect
-import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +10,7 @@ from omniserve.base.config import EngineConfig
 from omniserve.base.version import VERSION
 from omniserve.engine.process import Landed, Ready, Stats
 from omniserve.server.answers import Choice
+from omniserve.server.recent import Recent
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """The classic text format: in OpenMetrics the library would rewrite the colon of our prefix."""
@@ -150,7 +148,7 @@ class Metrics:
         assert choice.first is not None
         spent = choice.first - choice.reply.arrival
         self._ttft.observe(spent)
-        self.recent.ttft.append(spent)
+        self.recent.ttft.add(spent)
         self.prompt_tokens.inc(len(choice.prompt.ids))
         self.cached_tokens.inc(choice.usage.cached_tokens)
         self.recent.count(len(choice.prompt.ids), 0)
@@ -162,7 +160,7 @@ class Metrics:
         """A request brought further tokens, so many seconds after the ones before."""
         for _ in range(tokens):
             self._itl.observe(seconds / tokens)
-        self.recent.itl.append(seconds / tokens)
+        self.recent.itl.add(seconds / tokens)
 
     def ended(self, choice: Choice) -> None:
         """A request ended."""
@@ -184,39 +182,6 @@ class Metrics:
     def text(self) -> bytes:
         """Return everything in Prometheus' text format."""
         return prometheus_client.generate_latest(self.registry)
-
-
-class Recent:
-    """The last few hundred latencies, and tokens per second over the last few seconds."""
-
-    def __init__(self) -> None:
-        self.ttft: deque[float] = deque(maxlen=256)
-        self.itl: deque[float] = deque(maxlen=1024)
-        self._prompt = 0
-        self._produced = 0
-        self._marks: deque[tuple[float, int, int]] = deque([(time.monotonic(), 0, 0)], maxlen=16)
-
-    def count(self, prompt: int, produced: int) -> None:
-        """Count tokens."""
-        self._prompt += prompt
-        self._produced += produced
-
-    def mark(self) -> None:
-        """Remember now; called about once a second."""
-        self._marks.append((time.monotonic(), self._prompt, self._produced))
-
-    def speeds(self, seconds: float = 10.0) -> tuple[float, float]:
-        """Return prompt and produced tokens per second since the mark that is about so old."""
-        now = time.monotonic()
-        times = [mark[0] for mark in self._marks]
-        then, prompt, produced = self._marks[min(bisect.bisect(times, now - seconds), len(times) - 1)]
-        spent = max(now - then, 1e-3)
-        return (self._prompt - prompt) / spent, (self._produced - produced) / spent
-
-    @staticmethod
-    def median(values: Sequence[float]) -> float | None:
-        """Return the middle one in milliseconds."""
-        return round(1000 * sorted(values)[len(values) // 2], 3) if values else None
 
 
 def _cache_labels(config: EngineConfig, ready: Ready) -> dict[str, str]:

@@ -374,30 +374,10 @@ class Service:
             ),
         )
 
-    def snapshot(self) -> dict[str, Any]:
-        """Return what /engine/stats shows: numbers, never texts."""
-        stats, recent, ready = self.metrics.stats, self.metrics.recent, self.ready
-        prompt, produced = recent.speeds(3.0)
-        return {
-            "time": time.time(),
-            "state": self.state,
-            "model": self.names[0],
-            "precision": None if ready is None else ready.config.precision.name,
-            "running": stats.running,
-            "waiting": stats.waiting,
-            "open_sequences": self.queue.sequences,
-            "preemptions": stats.preemptions,
-            "kv_pages": {
-                kind: {"total": total, "held": stats.held.get(kind, 0), "cached": stats.cached.get(kind, 0)}
-                for kind, total in ({} if ready is None else ready.pages).items()
-            },
-            "kv_bytes_per_token": None if ready is None else ready.kv_token_bytes,
-            "prefix_cache": {"queries": stats.prefix_queries, "hits": stats.prefix_hits},
-            "prompt_tokens_per_second": round(prompt, 1),
-            "tokens_per_second": round(produced, 1),
-            "ttft_ms": recent.median(recent.ttft),
-            "itl_ms": recent.median(recent.itl),
-        }
+    def queue_age(self) -> float:
+        """Return how many seconds the oldest request without a slot has waited."""
+        waiting = (choice.reply.arrival for choice in self._choices.values() if choice.admitted is None)
+        return round(max(time.monotonic() - next(waiting, time.monotonic()), 0.0), 2)
 
 
 def _import_text() -> None:
