@@ -19,6 +19,8 @@ PROMPT = 1 << 30
 """Bit of a token's count that says: it occurs in the prompt. The bits below count how often it was produced."""
 NARROW = 64
 """Rows with a top_k of at most this look at so many of their likeliest tokens only."""
+_LEAST_PENALTY = 1e-30
+"""A logit divided by a smaller number could be infinite in 32 bits."""
 _NONE = -1
 """Fills tables beyond a row's own entries; no token has this id."""
 
@@ -364,7 +366,8 @@ def _without(x: Tensor, bad: BadWords) -> Tensor:
 def _penalized(x: Tensor, penalties: Penalties) -> Tensor:
     counts = penalties.counts[penalties.slots]
     seen = (counts > 0).to(x.dtype)
-    repetition = seen * penalties.repetition[:, None].to(x.dtype) + (1 - seen)
+    penalty = penalties.repetition[:, None].to(x.dtype).clamp(min=_LEAST_PENALTY)
+    repetition = seen * penalty + (1 - seen)
     # Of the two summands one is 0; torch.where is slower on a CPU.
     x = x.clamp(min=0) / repetition + x.clamp(max=0) * repetition
     times = counts & (PROMPT - 1)
@@ -399,7 +402,7 @@ def _draw_among(logits: Tensor, chance: Chance, width: int) -> Tensor:
     weight = weight * kept
     probability = weight / weight.sum(-1, keepdim=True)
     before = probability.cumsum(-1) - probability
-    probability = probability * (before < chance.top_p[:, None].to(x.dtype))
+    probability = probability * ((before < chance.top_p[:, None].to(x.dtype)) | (rank == 0))  # a top_p may round to 0
     return tokens.gather(1, _choose(probability, chance)[:, None])[:, 0]
 
 

@@ -369,6 +369,15 @@ def test_no_temperature_overflows(temperature: float, filters: dict[str, float])
     assert sample(logits, state.rows([0], [5])).item() == 1
 
 
+@pytest.mark.parametrize(
+    "params", [{"top_p": 5e-324}, {"repetition_penalty": 5e-324}, {"repetition_penalty": 1e-37, "top_p": 0.5}]
+)
+def test_numbers_too_small_for_32_bits_draw_the_likeliest(params: dict[str, float]) -> None:
+    logits = torch.tensor([[-30.0, 0.0, 20.0, 60.0]])
+    state = state_of(admission(SamplingParams(**params), [2, 3], prompt=2), vocab=4)
+    assert sample(logits, state.rows([0], [5])).item() == 3
+
+
 @pytest.mark.parametrize("filters", [{}, {"top_k": 7}])
 def test_the_largest_u_draws_no_forbidden_token(filters: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     state = state_of(admission(SamplingParams(allowed_token_ids=(1, 3, 6), **filters)))
