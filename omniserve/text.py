@@ -126,7 +126,8 @@ class Tokenizer:
         Raises RequestError if `text` is not valid Unicode.
         """
         try:
-            ids: list[int] = self._core.encode(text, add_special_tokens=False).ids
+            # a batch of one: `encode` would keep Python's lock, and a long text would stall all other threads
+            ids: list[int] = self._core.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except (TypeError, UnicodeEncodeError):
             raise RequestError("the text is not valid Unicode: it holds half a surrogate pair") from None
         return [self.bos, *ids] if special and self.add_bos and self.bos is not None else ids

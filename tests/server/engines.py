@@ -2,16 +2,17 @@
 
 `python -c "from tests.server.engines import main; main()" KIND SOCKET PATHS...`; kinds:
 
-float64      the model, with the reference in float64, where laws hold token for token
-raise N      without a model: step N raises; with `always N` so do all that follow
-hang N       step N never ends
-kill N       the process is killed in step N
+float64       the model, with the reference in float64, where laws hold token for token
+FAULT WHEN    without a model: a step fails. FAULT: raise; always (so do all that follow); hang (it never ends);
+              kill (the process ends in it); wait (it and all that follow wait until the path is gone). WHEN: the
+              number of the step, warm-up included (2), or a path: the first step that finds it there
 """
 
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 from omniserve.base.types import Step
 from omniserve.engine.engine import Engine, Executor, Handle
@@ -38,29 +39,32 @@ def main() -> None:
 
 
 def load(kind: str, start: Start, link: Link) -> tuple[Engine, Ready]:
-    word, _, number = kind.partition(" ")
+    word, _, when = kind.partition(" ")
     if word == "float64":
         from omniserve.engine.build import build
 
         built = build(start.model, start.options, dtype="float64")
         return built.engine, described(built)
     engine, ready = load_engine(start, link)
-    engine.executor = Faulty(engine.executor, word, int(number))
+    engine.executor = Faulty(engine.executor, word, when)
     return engine, ready
 
 
 class Faulty:
-    """Counts steps from 1, warm-up included (2), and fails in one."""
+    """Fails in the step that it is told."""
 
-    def __init__(self, executor: Executor, fault: str, number: int) -> None:
+    def __init__(self, executor: Executor, fault: str, when: str) -> None:
         self.executor = executor
         self.fault = fault
-        self.number = number
+        self.number = int(when) if when.isdecimal() else None
+        self.path = Path(when)
         self.steps = 0
+        self.failed = False
 
     def submit(self, step: Step) -> Handle:
         self.steps += 1
-        if self.steps == self.number or (self.fault == "always" and self.steps > self.number):
+        if self._due():
+            self.failed = True
             match self.fault:
                 case "raise" | "always":
                     raise RuntimeError("a fault at /secret/path 0xdeadbeef")
@@ -68,7 +72,17 @@ class Faulty:
                     time.sleep(3600)
                 case "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
+                case "wait":
+                    while self.path.exists():
+                        time.sleep(0.01)
         return self.executor.submit(step)
+
+    def _due(self) -> bool:
+        if self.fault == "always" and self.failed:
+            return True
+        if self.number is not None:
+            return self.steps == self.number
+        return self.path.exists() and (self.fault == "wait" or not self.failed)
 
     def close(self) -> None:
         self.executor.close()

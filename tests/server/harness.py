@@ -74,12 +74,12 @@ class Server:
                 self._news.wait(min(left, 1.0))
         return found
 
-    def stop(self, number: int = signal.SIGTERM, seconds: float = 30) -> int:
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 60) -> int:
         """Send a signal and return the exit code."""
         self.process.send_signal(number)
         return self.ended(seconds)
 
-    def ended(self, seconds: float = 30) -> int:
+    def ended(self, seconds: float = 60) -> int:
         """Wait for the end and return the exit code."""
         code = self.process.wait(seconds)
         self._reader.join(10)
@@ -132,7 +132,7 @@ class Server:
             line = next(line for line in answer.iter_lines() if line)
             return dict(json.loads(line.removeprefix("data: ")))
 
-    def raw(self, data: bytes, *, seconds: float = 10, receive: int | None = None) -> socket.socket:
+    def raw(self, data: bytes, *, seconds: float = 60, receive: int | None = None) -> socket.socket:
         """A connection on which these bytes were sent; `receive` bounds the buffer of the reader."""
         sock = socket.socket()
         if receive is not None:
@@ -162,15 +162,11 @@ def events(lines: Iterator[str]) -> list[Any]:
 
 
 def answer_of(sock: socket.socket) -> bytes:
-    """Everything that comes until the other side closes, or stays silent."""
+    """Everything that comes until the other side closes, which it must."""
     data = b""
-    try:
+    with sock, suppress(ConnectionResetError):
         while piece := sock.recv(1 << 16):
             data += piece
-    except (ConnectionResetError, TimeoutError):
-        pass
-    finally:
-        sock.close()
     return data
 
 
@@ -181,7 +177,7 @@ def request_bytes(path: str, body: Any, *more: str) -> bytes:
     return "\r\n".join([*head, f"Content-Length: {len(data)}", "", ""]).encode() + data
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 10) -> None:
+def eventually(condition: Callable[[], bool], seconds: float = 60) -> None:
     """Wait until something holds."""
     end = time.monotonic() + seconds
     while not condition():

@@ -7,8 +7,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,6 @@ from omniserve.server import guard
 from omniserve.server.protocol import ChatRequest, CompletionRequest
 from tests.server.harness import Server, answer_of, check_error, program, request_bytes
 
-pytestmark = pytest.mark.long
-"""These look at clocks: on a machine whose cores are all busy they can fail. `make test-long` runs them."""
-
 KEY = "sk-rather-secret"
 SECRET = "my most private prompt"
 AUTHORIZATION = f"Authorization: Bearer {KEY}"
@@ -31,10 +28,20 @@ AUTHORIZATION = f"Authorization: Bearer {KEY}"
 
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[Server]:
-    """No model, an API key, short deadlines."""
-    limits = {"header_deadline": 1, "body_deadline": 1, "keep_alive": 2, "max_connections": 40}
+    """No model, an API key, deadlines that a busy machine keeps too."""
+    limits = {"header_deadline": 60, "body_deadline": 60}
     server = program(null=0.001, server={"api_key": [KEY, "other"], "limits": limits}, log="debug")
     server.http.headers["authorization"] = f"Bearer {KEY}"
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def hasty() -> Iterator[Server]:
+    """No model, short deadlines, few connections, and prompts that take long to tokenize."""
+    limits = {"header_deadline": 1, "body_deadline": 1, "keep_alive": 2, "max_connections": 40}
+    limits |= {"max_prompt_bytes": 64 << 20, "max_body_bytes": 64 << 20}
+    server = program(null=0.001, server={"limits": limits})
     yield server
     server.close()
 
@@ -164,36 +171,40 @@ def test_bodies_have_caps(guarded: Server) -> None:
     assert guarded.memory() - before < 50 << 20
 
 
-def test_slow_senders_are_cut_off(guarded: Server) -> None:
+def test_slow_senders_are_cut_off(hasty: Server) -> None:
     """Row 6: nothing, half a header, half a second header, half a body."""
-    start = time.monotonic()
-    silent = guarded.raw(b"")
-    half = guarded.raw(b"GET /v1/models HTTP/1.1\r\nHost: loc")
-    second = guarded.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    silent = hasty.raw(b"")
+    half = hasty.raw(b"GET /v1/models HTTP/1.1\r\nHost: loc")
+    second = hasty.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert second.recv(1 << 16).startswith(b"HTTP/1.1 200")
     second.sendall(b"GET /health HT")
-    body = guarded.raw(request_bytes("/v1/completions", b'{"prompt":', AUTHORIZATION)[:-5])
+    body = hasty.raw(request_bytes("/v1/completions", b'{"prompt":')[:-5])
     assert answer_of(silent) == answer_of(half) == answer_of(second) == b""
     answer = answer_of(body)
     assert status_of(answer) == 408
     assert b"RequestTimeoutError" in answer
-    assert time.monotonic() - start < 8
 
 
-def test_slow_but_steady_headers_are_cut_off(guarded: Server) -> None:
-    """Row 6: a byte now and then does not buy time."""
-    sock = guarded.raw(b"GET / HTTP/1.1\r\n")
-    end = time.monotonic() + 8
-    with suppress(OSError):  # reset or broken pipe
-        while time.monotonic() < end:
+def test_slow_but_steady_headers_are_cut_off(hasty: Server) -> None:
+    """Row 6: a line now and then does not buy time."""
+    sock = hasty.raw(b"GET / HTTP/1.1\r\n")
+    sock.settimeout(0.1)
+    for _ in range(600):
+        try:
             sock.sendall(b"X: y\r\n")
-            time.sleep(0.1)
+            if sock.recv(1) == b"":
+                break
+        except TimeoutError:
+            continue
+        except OSError:  # reset or broken pipe
+            break
+    else:
+        pytest.fail("the connection stays open")
     sock.close()
-    assert time.monotonic() < end
 
 
-def test_connections_have_a_cap(guarded: Server) -> None:
-    opened = [guarded.raw(b"") for _ in range(60)]
+def test_connections_have_a_cap(hasty: Server) -> None:
+    opened = [hasty.raw(b"") for _ in range(60)]
     answers = [answer_of(sock) for sock in opened]
     assert sum(status_of(answer) == 503 and b"40 connections" in answer for answer in answers) >= 20
 
@@ -214,31 +225,47 @@ def test_what_is_no_http_is_refused(guarded: Server, data: bytes) -> None:
 # Row 7
 
 
-def test_long_prompts_do_not_stall_the_server(guarded: Server) -> None:
-    """Row 7: refused by their bytes, and others go on meanwhile."""
-    slow: list[float] = []
-    done = threading.Event()
+def test_long_prompts_are_refused_by_their_size(guarded: Server) -> None:
+    """Row 7."""
+    prompt = "word " * (2 << 20)
+    check_error(guarded.post("/v1/completions", {"prompt": prompt}), 413, "BadRequestError", "8388608")
+    refused = guarded.post("/v1/completions", {"prompt": "word " * (1 << 20)})
+    check_error(refused, 400, "BadRequestError", "5242880", "131072", param="prompt")
+    fits = guarded.post("/v1/completions", {"prompt": "word " * 20_000})
+    check_error(fits, 400, "BadRequestError", "100000 tokens", "8192")
 
-    def beat() -> None:
-        with httpx.Client(base_url=guarded.url, trust_env=False) as client:
-            while not done.is_set():
-                began = time.perf_counter()
-                client.get("/health")
-                slow.append(time.perf_counter() - began)
 
-    thread = threading.Thread(target=beat)
-    thread.start()
-    try:
-        prompt = "word " * (2 << 20)
-        check_error(guarded.post("/v1/completions", {"prompt": prompt}), 413, "BadRequestError", "8388608")
-        refused = guarded.post("/v1/completions", {"prompt": "word " * (1 << 20)})
-        check_error(refused, 400, "BadRequestError", "5242880", "131072", param="prompt")
-        fits = guarded.post("/v1/completions", {"prompt": "word " * 20_000})
-        check_error(fits, 400, "BadRequestError", "100000 tokens", "8192")
-    finally:
-        done.set()
-        thread.join()
-    assert sorted(slow)[int(0.9 * len(slow))] < 0.25  # the machine may be busy
+@pytest.fixture
+def tokenizing(hasty: Server) -> Iterator[Callable[[], bool]]:
+    """Whether the tokenizer is still busy with a prompt of 2 MB."""
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(hasty.post, "/v1/completions", {"prompt": "word " * 400_000})
+        yield lambda: not asked.done()
+        check_error(asked.result(), 400, "BadRequestError", "2000000 tokens", "8192")
+
+
+def test_others_are_served_while_a_long_prompt_is_tokenized(hasty: Server, tokenizing: Callable[[], bool]) -> None:
+    """Row 7."""
+    served = 0
+    with httpx.Client(base_url=hasty.url, trust_env=False, timeout=60) as client:
+        while tokenizing():
+            assert client.get("/health").status_code == 200
+            answer = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
+            assert answer.json()["usage"]["completion_tokens"] == 2
+            served += tokenizing()
+    assert served >= 5
+
+
+@pytest.mark.long
+def test_long_prompts_do_not_stall_the_loop(hasty: Server, tokenizing: Callable[[], bool]) -> None:
+    """Row 7: stalls of less than 50 ms; a measurement, which wants a quiet machine."""
+    seconds: list[float] = []
+    with httpx.Client(base_url=hasty.url, trust_env=False, timeout=60) as client:
+        while tokenizing():
+            began = time.perf_counter()
+            client.get("/health")
+            seconds.append(time.perf_counter() - began)
+    assert sorted(seconds)[int(0.95 * len(seconds))] < 0.05
 
 
 # Row 8
