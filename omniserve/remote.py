@@ -146,27 +146,40 @@ def events(content: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     raise ServerError("the server closed the stream before its end")
 
 
-def model_names(client: "httpx.Client", place: Place) -> list[str]:
-    """Return the names of the served models. Raises ServerError."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """A served model. max_model_len: longest sequence, None if the server does not tell."""
+
+    name: str
+    max_model_len: int | None = None
+
+
+def served_model(client: "httpx.Client", place: Place, wanted: str | None) -> Card:
+    """Return the wanted one of the served models, or the first. Raises ServerError."""
+    cards = _cards(client, place)
+    if wanted is None:
+        if not cards:
+            raise ServerError(f"{place.base} lists no models: name one with --served-model-name")
+        return cards[0]
+    for card in cards:
+        if card.name == wanted:
+            return card
+    if cards:
+        names = ", ".join(card.name for card in cards[:10])
+        raise ServerError(f"{place.base} has no model {wanted!r}: it has {names}")
+    return Card(name=wanted)
+
+
+def _cards(client: "httpx.Client", place: Place) -> list[Card]:
     with reported(place):
         answer = client.get("models")
     if answer.status_code != 200:
         raise ServerError(f"{place.base}/models: {refusal(answer.status_code, answer.content)}")
     try:
-        return [str(card["id"]) for card in answer.json()["data"]]
-    except (ValueError, LookupError, TypeError):
+        told = [(str(card["id"]), card.get("max_model_len")) for card in answer.json()["data"]]
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise ServerError(f"{place.base}/models: the answer is no list of models: is this OpenAI's API?") from None
-
-
-def choose_model(names: Sequence[str], wanted: str | None, place: Place) -> str:
-    """Return the model to ask for: the wanted one, or the first. Raises ServerError."""
-    if wanted is not None:
-        if names and wanted not in names:
-            raise ServerError(f"{place.base} has no model {wanted!r}: it has {', '.join(names[:10])}")
-        return wanted
-    if not names:
-        raise ServerError(f"{place.base} lists no models: name one with --served-model-name")
-    return names[0]
+    return [Card(name=name, max_model_len=longest if type(longest) is int else None) for name, longest in told]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,7 +203,7 @@ class RemoteModel:
         self._place = place
         self._client = place.client()
         try:
-            self.model = choose_model(model_names(self._client, place), model, place)
+            self.model = served_model(self._client, place, model).name
         except BaseException:
             self._client.close()
             raise

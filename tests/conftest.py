@@ -22,7 +22,7 @@ BUDGET = {
     "property": 240,
     "model": 120,
     "engine": 120,
-    "cli": 60,
+    "cli": 120,
     "fuzz": 60,
     "quantize": 120,
     "server": 180,

@@ -14,6 +14,7 @@ from omniserve.cli.demo import demo
 from omniserve.cli.doctor import doctor
 from omniserve.cli.fidelity import fidelity
 from omniserve.cli.flags import Common, with_dashes
+from omniserve.cli.load import serving
 from omniserve.cli.quality import perplexity
 from omniserve.cli.quantize import quantize
 from omniserve.cli.serve import serve
@@ -27,7 +28,7 @@ app = App(
     help_format="plaintext",
 )
 evaluate = App(name="eval", help="Quality of a model: perplexity, fidelity.")
-bench = App(name="bench", help="Speed of a model: throughput.")
+bench = App(name="bench", help="Speed: throughput of a model, latencies of a server.")
 app.command(generate)
 app.command(chat)
 app.command(serve)
@@ -41,6 +42,7 @@ app.command(demo)
 evaluate.command(perplexity)
 evaluate.command(fidelity)
 bench.command(throughput)
+bench.command(serving)
 
 
 def parse(tokens: Sequence[str]) -> tuple[Callable[[], object], Common]:

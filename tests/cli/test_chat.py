@@ -2,12 +2,9 @@
 
 import io
 import json
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
@@ -15,6 +12,7 @@ from omniserve.base.errors import ConfigError, ServerError
 from omniserve.base.types import SamplingParams
 from omniserve.remote import Place, RemoteModel, events, lines, request_fields
 from tests.cli.commands import Ran, check_refusal
+from tests.cli.others import other
 from tests.server.harness import Server, program
 
 Run = Callable[..., Ran]
@@ -125,44 +123,6 @@ def test_no_server(run: Run) -> None:
 
 
 # Servers that misbehave
-
-
-class Other(BaseHTTPRequestHandler):
-    """Answers /v1/models, and every chat with what `body` holds."""
-
-    body: ClassVar[bytes] = b""
-    models: ClassVar[bytes] = b'{"data": [{"id": "m"}]}'
-    asked: ClassVar[list[dict[str, Any]]] = []
-
-    def do_GET(self) -> None:  # named by the library
-        self.send(self.models)
-
-    def do_POST(self) -> None:
-        type(self).asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
-        self.send(self.body)
-
-    def send(self, body: bytes) -> None:
-        self.send_response(200)
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-@contextmanager
-def other(body: bytes = b"", models: bytes = b'{"data": [{"id": "m"}]}') -> Iterator[tuple[str, type[Other]]]:
-    kind = type("Now", (Other,), {"body": body, "models": models, "asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", kind
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(10)
 
 
 TEXT = "a\u2028b\x85c\x0bd\n"
