@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from omniserve.formats.checkpoint import Source
     from omniserve.quantize.calibration import Calibration
     from omniserve.quantize.recipe import Recipe
+    from omniserve.quantize.stream import Result
     from omniserve.text import Tokenizer
 
 CHECKED = "roosevelt-1905.txt"
@@ -79,19 +80,12 @@ def quantize(
     """
     need_torch()
     with leaving_at_once():
-        from omniserve.formats.checkpoint import open_checkpoint
         from omniserve.quantize import recipe as recipes
-        from omniserve.quantize.stream import quantize as run
-        from omniserve.text import Tokenizer
     chosen = recipes.read(recipe) if recipe else recipes.for_precision(Precision.parse(precision, group_size))
     chosen = _adjusted(chosen, samples, stride, without, static_kv)
     if quick:
         chosen = replace(chosen.without(recipes.PASSES), name=f"{chosen.name}-quick")
-    source = open_checkpoint(model)
-    tokenizer = Tokenizer.load(source)
-    text = _calibration(source, tokenizer, chosen, calibration) if chosen.calibrated else None
-    with Bars(quiet=json) as bars:
-        made = run(source, chosen, output, calibration=text, files=tokenizer.files(), progress=bars.update)
+    made = make(model, chosen, output, calibration=calibration, quiet=json)
     if made.resumed:
         say(f"continued after {made.resumed} layers of an earlier run")
     if chosen.calibrated is False:
@@ -107,6 +101,21 @@ def quantize(
         lines = [[name, f"{s.perplexity:.3f}", "" if s.kl is None else f"{s.kl:.4f}"] for name, s in scores.items()]
         table(["served", "perplexity", "KL (nats)"], lines, title=f"{CHECKED}, {WINDOW} tokens")
     result(f"{output}: {chosen.name}, {human_bytes(size)}")
+
+
+def make(
+    model: str, recipe: "Recipe", output: Path, *, calibration: Path | None = None, quiet: bool = False
+) -> "Result":
+    """Quantize a model into a folder, with progress bars unless quiet; continues what was begun there."""
+    with leaving_at_once():
+        from omniserve.formats.checkpoint import open_checkpoint
+        from omniserve.quantize.stream import quantize as run
+        from omniserve.text import Tokenizer
+    source = open_checkpoint(model)
+    tokenizer = Tokenizer.load(source)
+    text = _calibration(source, tokenizer, recipe, calibration) if recipe.calibrated else None
+    with Bars(quiet=quiet) as bars:
+        return run(source, recipe, output, calibration=text, files=tokenizer.files(), progress=bars.update)
 
 
 def _adjusted(

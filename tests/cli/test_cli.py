@@ -286,18 +286,22 @@ def test_throughput_beside_transformers(run: Run, tiny: Path) -> None:
     assert torch.__version__ in ran.err
 
 
-def test_demo(run: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole tour, with the tiny model in the place of the real one."""
+def test_demo(run: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole tour, with the tiny model in the place of the real one; the second time nothing is calibrated."""
     monkeypatch.setattr(demo, "find_smollm2", lambda folder: tiny)
     monkeypatch.setattr(demo, "WINDOW", 64)
-    ran = done(run("demo", "--yes"))
+    monkeypatch.setattr(demo, "SAMPLES", 1)
+    ran = done(run("demo", "--yes", "--download-dir", str(tmp_path)))
     assert demo.QUESTION in ran.out
     assert "Apache-2.0" in ran.out
-    for precision in ("w16a16kv16", "w8a8kv8", "w4a8kv8 g128", "w4a8kv4 g128"):
+    for precision in ("w16a16kv16", "w8a8kv8", "w4a8kv4 g128 (uncalibrated)", "w4a8kv4 g128 (calibrated)"):
         assert precision in ran.out
-    assert "uncalibrated" in ran.out
     assert "tokens/s" in ran.out
-    assert f"chat {tiny}" in ran.out
+    (made,) = tmp_path.glob("*/config.json")
+    assert f"chat {made.parent}" in ran.out
+    assert "calibrating" in ran.err
+    again = done(run("demo", "--yes", "--download-dir", str(tmp_path)))
+    assert "calibrating" not in again.err
 
 
 def test_demo_fetches_what_is_not_there(run: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

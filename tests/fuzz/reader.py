@@ -28,11 +28,15 @@ from omniserve.base.types import Request, SamplingParams
 from omniserve.engine.build import build
 from omniserve.formats.checkpoint import kv_scales, open_checkpoint
 from omniserve.models.families import check_tensors, family
+from omniserve.quantize.recipe import PASSES, default
+from omniserve.quantize.stream import quantize
 from omniserve.text import Tokenizer
 from tests.fuzz.files import as_gguf
 from tests.fuzz.mutations import Draw, fuzz_gguf, fuzz_json, fuzz_safetensors, sweep_gguf, sweep_json, take
 from tests.tiny import tiny_model
 
+QUANTIZED = "quantized"
+"""A checkpoint of our own, beside the families."""
 SECONDS = 5
 """Time for one file."""
 MEMORY = 256 << 20
@@ -74,7 +78,7 @@ def use(path: Path) -> None:
 
 def compute(path: Path) -> None:
     """Build an engine and take a few steps."""
-    options = Options(precision="w8a8kv8", max_num_seqs=1, max_num_batched_tokens=32, kv_cache_memory_bytes=1 << 20)
+    options = Options(max_num_seqs=1, max_num_batched_tokens=32, kv_cache_memory_bytes=1 << 20)
     engine = build(path, options).engine
     params = SamplingParams(temperature=0.0)
     engine.add(Request(id="x", tokens=[0, 0, 0], prompt=3, sampling=params, limit=2))
@@ -124,6 +128,11 @@ class Files:
             plain = tiny_model(folder / f"{name}-plain", name, **(SMALL | shape | {"extra": None}))
             path = as_gguf(plain, folder / f"{name}.gguf", KINDS[name], words=True)
             self.parts[name] = path.read_bytes(), take(path.read_bytes())
+        made = tiny_model(folder / "quantized-of", **SMALL)
+        recipe = default("w4a8kv4-g128").without([word for word in PASSES if word != "rotate"])
+        quantize(open_checkpoint(made), recipe, folder / QUANTIZED, calibration=None, files={})
+        names = [file for file in (folder / QUANTIZED).iterdir() if file.name.startswith(("config", "model"))]
+        self.whole[QUANTIZED] = {file.name: file.read_bytes() for file in names}
 
     @staticmethod
     def _sharded(folder: Path) -> dict[str, bytes]:
@@ -209,7 +218,7 @@ class Report:
 def main(kind: str, count: int, folder: Path, swept: list[str]) -> None:
     torch.set_num_threads(1)
     files, report, began = Files(folder), Report(), time.perf_counter()
-    for name in MODELS:  # the libraries are loaded, and a sound file is read and computed with
+    for name in MODELS if kind == "gguf" else files.whole:  # libraries are loaded, sound files computed with
         path = folder / f"{name}.gguf" if kind == "gguf" else folder / name
         use(path)
         compute(path)
