@@ -5,7 +5,7 @@ import hashlib
 import html
 import importlib.resources
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -23,13 +23,14 @@ from omniserve.base.errors import OmniserveError
 from omniserve.base.version import VERSION
 from omniserve.client import EngineDeadError
 from omniserve.server import protocol
-from omniserve.server.answers import Prompt, Reply
+from omniserve.server.answers import Reply
 from omniserve.server.errors import ApiError, from_exception
 from omniserve.server.guard import CLIENT_GONE, Guard
 from omniserve.server.metrics import CONTENT_TYPE
 from omniserve.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from omniserve.server.requests import begin, conversation
 from omniserve.server.service import Service
-from omniserve.server.stream import ChatForm, CompletionForm, EventStream, Feed, Form, until_done, whole
+from omniserve.server.stream import EventStream, Feed, Form, until_done, whole
 from omniserve.server.watch import Watch
 
 POSTS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
@@ -154,66 +155,17 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", responses=_answers(protocol.Completion, stream=True), response_model=None)
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Continue prompts."""
-        _welcome(service, body, request)
-        params = body.sampling(service.defaults())
-        given = body.prompts()
-        most = service.server.limits.max_prompts
-        if len(given) > most:
-            raise ApiError(400, f"{len(given)} prompts: at most {most} are taken at once", param="prompt")
-        service.turn_away(len(given) * params.n)
-        prompts = [await _prompt(service, one) for one in given]
-        reply = service.open(body, prompts, params, prefix="cmpl", key=_key(request), echo=bool(body.echo))
-        return await _send(reply, CompletionForm(service.text, _decoder(service)), request)
+        return await _send(*await begin(service, body, _key(request)), request)
 
     @app.post("/v1/chat/completions", responses=_answers(protocol.ChatCompletion, stream=True), response_model=None)
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
-        _welcome(service, body, request)
-        params = body.sampling(service.defaults())
-        service.turn_away(params.n)
-        ids = await _conversation(
-            service, body.messages, body.add_generation_prompt, variables=body.chat_template_kwargs
-        )
-        reply = service.open(body, [Prompt(text=None, ids=ids)], params, prefix="chatcmpl", key=_key(request))
-        return await _send(reply, ChatForm(service.text), request)
-
-
-def _welcome(service: Service, body: CompletionRequest | ChatRequest, request: Request) -> None:
-    """Refuse what can be refused before the prompt is looked at."""
-    service.accept()
-    service.known(body.model)
-    body.check()
+        return await _send(*await begin(service, body, _key(request)), request)
 
 
 def _key(request: Request) -> str | None:
     key: str | None = request.scope["state"].get("key")
     return key
-
-
-async def _prompt(service: Service, given: str | list[int]) -> Prompt:
-    if isinstance(given, str):
-        return Prompt(text=given, ids=await service.encode(given))
-    return Prompt(text=None, ids=given)
-
-
-async def _conversation(
-    service: Service,
-    messages: list[protocol.Message],
-    add_generation_prompt: bool | None,
-    *,
-    variables: dict[str, Any] | None = None,
-) -> list[int]:
-    most = service.server.limits.max_messages
-    if len(messages) > most:
-        raise ApiError(400, f"{len(messages)} messages: at most {most} are taken", param="messages")
-    made = protocol.conversation(messages)
-    return await service.encode_chat(
-        made, add_generation_prompt=add_generation_prompt is not False, variables=variables
-    )
-
-
-def _decoder(service: Service) -> Callable[[list[int]], str]:
-    return lambda ids: service.tokenizer.decode(ids, skip_special=False)
 
 
 async def _send(reply: Reply, form: Form, request: Request) -> Response:
@@ -260,7 +212,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
             ids = await service.encode(body.prompt, special=body.add_special_tokens is not False)
         else:
             assert body.messages is not None
-            ids = await _conversation(service, body.messages, body.add_generation_prompt)
+            ids = await conversation(service, body.messages, body.add_generation_prompt)
         return _as_json({"tokens": ids, "count": len(ids), "max_model_len": service.max_model_len})
 
     @app.post("/detokenize", responses=_answers(protocol.Detokenized), response_model=None)
