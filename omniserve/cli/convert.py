@@ -13,9 +13,9 @@ from omniserve.cli.output import Bars, result, warn
 
 if TYPE_CHECKING:
     from omniserve.base.spec import ModelSpec
-    from omniserve.formats.artifact import Translated
     from omniserve.formats.checkpoint import Source
     from omniserve.formats.legacy import Export
+    from omniserve.formats.translated import Translated
 
 
 def convert(
@@ -47,7 +47,8 @@ def convert(
     need_torch()
     with leaving_at_once():
         from omniserve import __version__
-        from omniserve.formats.artifact import described_config, refuse_existing, write_folder
+        from omniserve.formats.translated import described_config
+        from omniserve.formats.writer import refuse_existing, write_folder
     refuse_existing(output)
     opened, spec, foreign = _open(source, original)
     if to == "omniserve" and not foreign:
@@ -80,10 +81,10 @@ def _open(place: Path, original: Path | None) -> "tuple[Source, ModelSpec, bool]
     Its tensors are checked against its config.
     """
     from omniserve.formats import dumps
-    from omniserve.formats.artifact import Translated
     from omniserve.formats.checkpoint import open_checkpoint
     from omniserve.formats.imports import translated
     from omniserve.formats.pickles import PickleSource, weight_files
+    from omniserve.formats.translated import Translated
     from omniserve.models.families import check_tensors, family
 
     found: Source
@@ -127,8 +128,8 @@ def _export(source: "Source", spec: "ModelSpec") -> "Export":
 
 def _notes(opened: "Source", view: "Source") -> list[str]:
     """Return the sentences a user should read."""
-    from omniserve.formats.artifact import Translated
     from omniserve.formats.legacy import Export
+    from omniserve.formats.translated import Translated
 
     notes = list(opened.notes) if isinstance(opened, Translated) else []
     if isinstance(view, Export):
@@ -140,8 +141,8 @@ def _notes(opened: "Source", view: "Source") -> list[str]:
 
 
 def _summary(opened: "Source", view: "Source") -> str:
-    from omniserve.formats.artifact import Translated
     from omniserve.formats.legacy import Export
+    from omniserve.formats.translated import Translated
 
     what = "QServe layout" if isinstance(view, Export) else "16-bit safetensors"
     if not isinstance(opened, Translated):

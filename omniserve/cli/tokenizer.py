@@ -40,7 +40,7 @@ def export_tokenizer(
     need_torch()
     with leaving_at_once():
         from omniserve.engine.build import open_source
-        from omniserve.formats.artifact import refuse_existing
+        from omniserve.formats.writer import refuse_existing
         from omniserve.text import Tokenizer
     refuse_existing(output)
     with Bars() as bars:

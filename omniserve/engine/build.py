@@ -29,13 +29,14 @@ from omniserve.engine.engine import Engine
 from omniserve.engine.executor import LocalExecutor
 from omniserve.engine.runner import Runner
 from omniserve.engine.scheduler import Scheduler
-from omniserve.formats.artifact import Scheme, Translated, key_means, scheme_of
+from omniserve.formats.artifact import Scheme, key_means, scheme_of
 from omniserve.formats.checkpoint import Source, kv_scales, open_checkpoint
 from omniserve.formats.dummy import CONFIGS, DummySource
 from omniserve.formats.hub import fetch, hub_name
 from omniserve.formats.imports import translated
 from omniserve.formats.kv import KVFormat, kv_format
 from omniserve.formats.table import weight_format
+from omniserve.formats.translated import Translated
 from omniserve.models.decoder import Decoder
 from omniserve.models.families import check_tensors, expected, family
 from omniserve.models.load import load_decoder

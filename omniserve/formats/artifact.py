@@ -1,16 +1,10 @@
-"""Our own checkpoint: how it describes itself, what may stand in it, and how a folder of it is written.
+"""Our own checkpoint: how it describes itself and what may stand in it.
 
 Codes are stored in the logical layout (formats.md section 12); every other layout is translated to this one by an
-importer, which makes a `Translated` source of it. So the loader knows one quantized layout only.
+importer, which makes a `Translated` source of it (translated.py). So the loader knows one quantized layout only.
 """
 
-import json
-import math
-import os
-import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast
@@ -18,17 +12,13 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from omniserve.base import log
 from omniserve.base.config import KVName, Precision, WeightName, nearest
-from omniserve.base.errors import CheckpointError, ConfigError
-from omniserve.base.numbers import align_up
+from omniserve.base.errors import CheckpointError
 from omniserve.base.spec import ModelSpec
-from omniserve.formats.checkpoint import INDEX, Source
+from omniserve.formats.checkpoint import Source
 from omniserve.formats.table import FORMATS
 from omniserve.formats.w4a8 import expand, unpack_columns
 from omniserve.formats.weight import WeightFormat
-
-_LOG = log.get(__name__)
 
 METHOD = "omniserve"
 """`quant_method` of our own checkpoints."""
@@ -39,18 +29,6 @@ LARGEST_GROUP_SCALE = 17
 
 STATIC = ("head", "tensor")
 """What a static KV scale is shared by; one for a tensor is stored once for each head."""
-
-SHARD_BYTES = 4 << 30
-"""Bytes of tensors in one file of a written checkpoint."""
-
-SIDE_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken",
-    "chat_template*", "generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
-"""What a converted checkpoint takes along: tokenizer, chat template, licence."""
-
-Progress = Callable[[int, int], None]
-"""Called as progress(tensors done, tensors)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,283 +258,3 @@ def key_means(source: Source, spec: ModelSpec) -> list[Tensor] | None:
             raise CheckpointError(f"{source.path}: tensor {name!r} holds NaN or infinity")
         means.append(mean)
     return means
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """One tensor that an importer makes when it is asked for."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[], Tensor]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Linear:
-    """One linear of a foreign checkpoint, as it will be in our layout.
-
-    form, shape  its format and [N, K]
-    make         returns the stored tensors, and the relative squared error of the weights (0: exact)
-    dtypes       of fields that have another type than the format's first choice
-    rounded      the grids cannot meet: the weights are rounded again
-    """
-
-    form: WeightFormat
-    shape: tuple[int, int]
-    make: Callable[[], tuple[dict[str, Tensor], float]]
-    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
-    rounded: bool = False
-
-
-class Translated:
-    """A foreign checkpoint, seen as one of ours; tensors are made when they are asked for.
-
-    origin  what it was, for people
-    notes   sentences a user should read
-    losses  module -> relative squared error of its weights, of the linears made so far that are not exact
-    The fields of a linear are asked for one after the other, so the last one made is held.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        *,
-        origin: str,
-        scheme: Scheme,
-        linears: Mapping[str, Linear],
-        parts: Mapping[str, Part],
-        notes: Sequence[str] = (),
-    ) -> None:
-        self.path = source.path
-        self.origin = origin
-        self.scheme = scheme
-        self.notes = tuple(notes)
-        self.losses: dict[str, float] = {}
-        self._linears = linears
-        self._fields = {
-            f"{module}.{name}": (part.shape, linear.dtypes.get(name, part.dtype))
-            for module, linear in linears.items()
-            for name, part in linear.form.fields(*linear.shape).items()
-        }
-        self._parts = parts
-        self._config = {**source.config, "quantization_config": scheme.block()}
-        if "lm_head.weight" in parts:
-            self._config["tie_word_embeddings"] = False
-        self._held: tuple[str, dict[str, Tensor]] = ("", {})
-
-    @property
-    def config(self) -> Mapping[str, object]:
-        """The foreign config.json with our description."""
-        return self._config
-
-    @property
-    def rounded(self) -> tuple[str, ...]:
-        """Linears that are rounded again."""
-        return tuple(module for module, linear in self._linears.items() if linear.rounded)
-
-    def names(self) -> frozenset[str]:
-        """Names of all tensors, in our layout."""
-        return frozenset(self._fields.keys() | self._parts.keys())
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        return self._fields[name][0] if name in self._fields else self._part(name).shape
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Type of a tensor."""
-        return self._fields[name][1] if name in self._fields else self._part(name).dtype
-
-    def tensor(self, name: str) -> Tensor:
-        """Return one tensor; do not write to it."""
-        if name not in self._fields:
-            return self._part(name).make()
-        module, _, wanted = name.rpartition(".")
-        if self._held[0] != module:
-            tensors, loss = self._linears[module].make()
-            check_values(self._linears[module].form, tensors, path=self.path, module=module)
-            if loss > 0:
-                self.losses[module] = loss
-                _LOG.info("imported %s", log.fields(linear=module, relative_squared_error=f"{loss:.3g}"))
-            self._held = module, tensors
-        return self._held[1][wanted].to(self._fields[name][1])
-
-    def described(self) -> Scheme:
-        """Return the scheme with what is known once all tensors were made: the loss of each linear."""
-        made_by: dict[str, object] = {**self.scheme.made_by, "imported": self.origin}
-        if self.notes:
-            made_by["notes"] = list(self.notes)
-        if self.losses:
-            made_by["relative_squared_error"] = {module: float(f"{x:.3g}") for module, x in self.losses.items()}
-        if self.rounded:
-            made_by["rounded_again"] = list(self.rounded)
-        return Scheme(
-            weights=self.scheme.weights,
-            overrides=self.scheme.overrides,
-            keep=self.scheme.keep,
-            kv=self.scheme.kv,
-            made_by=made_by,
-        )
-
-    def _part(self, name: str) -> Part:
-        if name not in self._parts:
-            raise CheckpointError(f"{self.path}: tensor {name!r} is missing")
-        return self._parts[name]
-
-
-def scheme_from(
-    linears: Mapping[str, Linear], *, keep: Sequence[str], kv: KVScheme, made_by: Mapping[str, object]
-) -> Scheme:
-    """Return the scheme of linears: the commonest format is the main one, the others are overrides."""
-    names = [linear.form.name for linear in linears.values()]
-    main = max(dict.fromkeys(names), key=names.count, default="w16a16")
-    overrides = {module: linear.form.name for module, linear in linears.items() if linear.form.name != main}
-    return Scheme(weights=main, overrides=overrides, keep=tuple(keep), kv=kv, made_by=made_by)
-
-
-def kept(parts: Mapping[str, Part]) -> list[str]:
-    """Return the modules of the layers whose weights are matrices in 16 bit."""
-    return sorted(
-        name.removesuffix(".weight")
-        for name, part in parts.items()
-        if name.startswith("model.layers.") and name.endswith(".weight") and len(part.shape) == 2
-    )
-
-
-def passed(source: Source, name: str) -> Part:
-    """Return a tensor of the source as it is."""
-    return Part(shape=source.shape(name), dtype=source.dtype(name), make=lambda: source.tensor(name))
-
-
-_WORDS = {
-    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8", torch.uint8: "U8",
-    torch.int32: "I32", torch.int64: "I64",
-}  # fmt: skip
-
-
-def write_folder(
-    source: Source,
-    folder: Path,
-    *,
-    config: Callable[[], Mapping[str, object]],
-    extra: Sequence[Path] = (),
-    progress: Progress | None = None,
-    shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Write all tensors of a source, its tokenizer and config() as a checkpoint folder.
-
-    config  is asked when all tensors are written
-    extra   folders whose side files are taken where the source's own folder lacks them
-    Tensor by tensor: no more than the linear in hand is held in memory. The folder appears under its name only when it
-    is complete. Raises ConfigError if something is there already, CheckpointError if the disk fails or a tensor holds
-    NaN or infinity.
-    """
-    refuse_existing(folder)
-    partial = Path()
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
-        try:
-            _write_shards(source, partial, progress, shard_bytes)
-            _copy_side_files([source.path, *extra], partial)
-            (partial / "config.json").write_text(json.dumps(config(), indent=2, ensure_ascii=False) + "\n")
-            partial.chmod(0o755)
-            os.replace(partial, folder)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written ({error.strerror or error})") from None
-
-
-def refuse_existing(folder: Path) -> None:
-    """Raise ConfigError unless `folder` is free: it does not exist, or is an empty folder."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} exists already: give a folder that does not, nothing is overwritten")
-
-
-def _in_order(name: str) -> list[str | int]:
-    """Sort key: layer 2 comes before layer 10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-
-
-def _write_shards(source: Source, folder: Path, progress: Progress | None, shard_bytes: int) -> None:
-    names = sorted(source.names(), key=_in_order)
-    sizes = {name: source.dtype(name).itemsize * math.prod(source.shape(name)) for name in names}
-    shards: list[list[str]] = []
-    room = 0
-    for name in names:
-        if not shards or sizes[name] > room:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(name)
-        room -= sizes[name]
-    single = len(shards) == 1
-    places: dict[str, str] = {}
-    done = 0
-    for number, mine in enumerate(shards):
-        file = "model.safetensors" if single else f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-        places |= dict.fromkeys(mine, file)
-        for _ in _write_shard(source, folder / file, mine, sizes):
-            done += 1
-            if progress is not None:
-                progress(done, len(names))
-    if not single:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _write_shard(source: Source, file: Path, names: Sequence[str], sizes: Mapping[str, int]) -> Iterator[str]:
-    """Write a safetensors file, yielding each name once its tensor is written.
-
-    Wide types come first, so that every tensor lies at a multiple of its item size; the tensors are written in the
-    order of `names`, each at its place.
-    """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    starts = {}
-    end = 0
-    for name in sorted(names, key=lambda name: (-source.dtype(name).itemsize, _in_order(name))):
-        starts[name], end = end, end + sizes[name]
-        header[name] = {
-            "dtype": _word(source, name),
-            "shape": list(source.shape(name)),
-            "data_offsets": [starts[name], end],
-        }
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (align_up(len(raw), 8) - len(raw))
-    with file.open("wb") as out:
-        out.write(len(raw).to_bytes(8, "little") + raw)
-        out.truncate(8 + len(raw) + end)
-        for name in names:
-            tensor = source.tensor(name)
-            assert tuple(tensor.shape) == source.shape(name) and tensor.dtype == source.dtype(name), name
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise CheckpointError(f"{source.path}: tensor {name!r} holds NaN or infinity")
-            out.seek(8 + len(raw) + starts[name])
-            out.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            yield name
-        out.flush()
-        os.fsync(out.fileno())
-
-
-def _word(source: Source, name: str) -> str:
-    dtype = source.dtype(name)
-    if dtype not in _WORDS:
-        raise CheckpointError(f"{source.path}: tensor {name!r} is {dtype}, allowed are {', '.join(_WORDS.values())}")
-    return _WORDS[dtype]
-
-
-def _copy_side_files(folders: Sequence[Path], target: Path) -> None:
-    for folder in folders:
-        if not folder.is_dir():
-            continue
-        for pattern in SIDE_FILES:
-            for file in sorted(folder.glob(pattern)):
-                if file.is_file() and not (target / file.name).exists():
-                    shutil.copyfile(file, target / file.name)
-
-
-def described_config(source: Source) -> Mapping[str, object]:
-    """Return the config.json of a source: for a translated one with the losses known by now."""
-    if isinstance(source, Translated):
-        return {**source.config, "quantization_config": source.described().block()}
-    return source.config

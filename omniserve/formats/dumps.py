@@ -16,10 +16,11 @@ from torch import Tensor
 
 from omniserve.base.errors import CheckpointError
 from omniserve.base.spec import ModelSpec
-from omniserve.formats.artifact import KVScheme, Linear, Part, Translated, kept, passed, scheme_from
+from omniserve.formats.artifact import KVScheme
 from omniserve.formats.checkpoint import listed
 from omniserve.formats.pickles import PickleSource, load
 from omniserve.formats.table import FORMATS
+from omniserve.formats.translated import Linear, Part, Translated, kept, passed, scheme_from
 from omniserve.formats.w4a8 import GROUP, pack_columns
 
 SLACK = 0.1

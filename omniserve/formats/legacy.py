@@ -12,19 +12,10 @@ from torch import Tensor
 
 from omniserve.base.errors import CheckpointError
 from omniserve.base.spec import ModelSpec
-from omniserve.formats.artifact import (
-    KVScheme,
-    Linear,
-    Part,
-    Scheme,
-    Translated,
-    kept,
-    passed,
-    read_linear,
-    scheme_from,
-)
+from omniserve.formats.artifact import KVScheme, Scheme, read_linear
 from omniserve.formats.checkpoint import Source, kv_scales, listed
 from omniserve.formats.table import FORMATS
+from omniserve.formats.translated import Linear, Part, Translated, kept, passed, scheme_from
 from omniserve.formats.w4a8 import GROUP, pack_columns, unpack_columns
 from omniserve.formats.weight import Field
 

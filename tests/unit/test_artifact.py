@@ -17,20 +17,11 @@ from torch import Tensor
 
 from omniserve.base.config import Options, Precision, choose_precision
 from omniserve.base.errors import CheckpointError, ConfigError
-from omniserve.formats.artifact import (
-    KVScheme,
-    Linear,
-    Part,
-    Scheme,
-    Translated,
-    described_config,
-    key_means,
-    read_linear,
-    scheme_of,
-    write_folder,
-)
+from omniserve.formats.artifact import KVScheme, Scheme, key_means, read_linear, scheme_of
 from omniserve.formats.checkpoint import FolderSource, kv_scales, open_checkpoint
 from omniserve.formats.table import FORMATS
+from omniserve.formats.translated import Linear, Part, Translated, described_config
+from omniserve.formats.writer import write_folder
 from omniserve.models.families import check_tensors, expected, family, linears
 from tests.tiny import tiny_model
 

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from omniserve.base.errors import CheckpointError
 from omniserve.formats import dumps
-from omniserve.formats.artifact import Translated, read_linear
+from omniserve.formats.artifact import read_linear
 from omniserve.formats.checkpoint import FolderSource, open_checkpoint
 from omniserve.formats.pickles import PickleSource, load, weight_files
+from omniserve.formats.translated import Translated
 from omniserve.formats.w4a8 import unpack_columns
 from omniserve.models.families import check_tensors, family, linears
 from tests.tiny import tiny_model

@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from omniserve.base.errors import CheckpointError
-from omniserve.formats.artifact import Translated, described_config, read_linear
+from omniserve.formats.artifact import read_linear
 from omniserve.formats.checkpoint import open_checkpoint
 from omniserve.formats.imports import translated
 from omniserve.formats.imports.packed import keep_codes
 from omniserve.formats.table import FORMATS
+from omniserve.formats.translated import Translated, described_config
 from omniserve.formats.w4a8 import W4A8, unpack_columns
 from omniserve.models.families import check_tensors, family, linears
 from tests.tiny import tiny_model

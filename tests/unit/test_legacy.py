@@ -14,13 +14,15 @@ from torch import Tensor
 
 from omniserve.base.errors import CheckpointError
 from omniserve.base.spec import ModelSpec
-from omniserve.formats.artifact import KVScheme, Scheme, Translated, described_config, scheme_of, write_folder
+from omniserve.formats.artifact import KVScheme, Scheme, scheme_of
 from omniserve.formats.checkpoint import FolderSource, Source, open_checkpoint
 from omniserve.formats.imports import translated
 from omniserve.formats.legacy import Export, natural_channels, pack_tiles, permute_channels, unpack_tiles
 from omniserve.formats.table import FORMATS
+from omniserve.formats.translated import Translated, described_config
 from omniserve.formats.w4a8 import W4A8, unpack_columns
 from omniserve.formats.w8a8 import Int8Weight
+from omniserve.formats.writer import write_folder
 from omniserve.models.families import check_tensors, family, linears
 from tests.tiny import tiny_model
 from tests.unit.test_artifact import artefact

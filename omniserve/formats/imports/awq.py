@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from omniserve.base.spec import ModelSpec
-from omniserve.formats.artifact import Translated
 from omniserve.formats.checkpoint import Source
 from omniserve.formats.imports.packed import (
     FLOATS,
@@ -21,6 +20,7 @@ from omniserve.formats.imports.packed import (
     positive,
     unpack,
 )
+from omniserve.formats.translated import Translated
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Nibble i of an int32 is output 8 * j + ORDER[i]."""

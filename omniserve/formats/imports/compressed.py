@@ -8,7 +8,6 @@ import torch
 
 from omniserve.base.errors import CheckpointError
 from omniserve.base.spec import ModelSpec
-from omniserve.formats.artifact import Translated
 from omniserve.formats.checkpoint import Source, listed
 from omniserve.formats.imports.gptq import column_order
 from omniserve.formats.imports.packed import (
@@ -24,6 +23,7 @@ from omniserve.formats.imports.packed import (
     positive,
     unpack,
 )
+from omniserve.formats.translated import Translated
 
 WEIGHTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 STATIC = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "k_scale", "v_scale")

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from omniserve.base.errors import CheckpointError
 from omniserve.base.spec import ModelSpec
-from omniserve.formats.artifact import Translated
 from omniserve.formats.checkpoint import Source
 from omniserve.formats.imports.packed import (
     FLOATS,
@@ -22,6 +21,7 @@ from omniserve.formats.imports.packed import (
     positive,
     unpack,
 )
+from omniserve.formats.translated import Translated
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 

@@ -15,18 +15,10 @@ from omniserve.base import log
 from omniserve.base.errors import CheckpointError
 from omniserve.base.numbers import align_up
 from omniserve.base.spec import ModelSpec
-from omniserve.formats.artifact import (
-    LARGEST_GROUP_SCALE,
-    KVScheme,
-    Linear,
-    Part,
-    Translated,
-    kept,
-    passed,
-    scheme_from,
-)
+from omniserve.formats.artifact import LARGEST_GROUP_SCALE, KVScheme
 from omniserve.formats.checkpoint import Source, read_json
 from omniserve.formats.table import FORMATS
+from omniserve.formats.translated import Linear, Part, Translated, kept, passed, scheme_from
 from omniserve.formats.w4a8 import CHUNK, GROUP, SMALLEST, pack_columns
 from omniserve.formats.weight import concat
 
