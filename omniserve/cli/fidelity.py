@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from omniserve.base.errors import ConfigError
+from omniserve.cli.exits import GATE, OK
 from omniserve.cli.flags import NO_FLAGS, Common, EngineFlags, Whole, read_text, settings, whole_numbers
 from omniserve.cli.loading import cells, load
-from omniserve.cli.main import GATE, OK
 from omniserve.cli.output import Bars, as_json, say, table, warn
 from omniserve.cli.quality import WINDOW, check_lengths, for_windows, score_row, spans
 

@@ -10,9 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from omniserve.base.errors import OmniserveError
-
-OK, INTERNAL, USAGE, GATE, INTERRUPTED = 0, 1, 2, 4, 130
-"""Exit codes (serving.md section 5); a command may return one itself."""
+from omniserve.cli.exits import INTERNAL, INTERRUPTED, OK, USAGE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
