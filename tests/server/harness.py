@@ -1,6 +1,7 @@
 """A server in a process of its own, and requests to it: through httpx, or byte by byte."""
 
 import json
+import os
 import re
 import signal
 import socket
@@ -63,11 +64,11 @@ class Server:
         with self._news:
             return "".join(self._lines)
 
-    def until(self, pattern: str, seconds: float = START_SECONDS) -> re.Match[str]:
-        """Wait until a pattern appears in the log."""
+    def until(self, pattern: str, seconds: float = START_SECONDS, *, after: int = 0) -> re.Match[str]:
+        """Wait until a pattern appears in the log, behind so many lines."""
         end = time.monotonic() + seconds
         with self._news:
-            while (found := re.search(pattern, "".join(self._lines))) is None:
+            while (found := re.search(pattern, "".join(self._lines[after:]))) is None:
                 left = end - time.monotonic()
                 assert left > 0, "".join(self._lines)
                 assert self._reader.is_alive(), "".join(self._lines)
@@ -145,13 +146,35 @@ class Server:
 
     def memory(self) -> int:
         """Resident bytes of the server process."""
-        pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
-        return int(pages) * 4096
+        return resident(self.process.pid)
+
+    @property
+    def engine(self) -> int:
+        """Process id of the engine, the first child."""
+        return self.children()[0]
+
+    def files(self) -> tuple[int, int]:
+        """Open file descriptors of server and engine."""
+        server, engine = (len(os.listdir(f"/proc/{pid}/fd")) for pid in (self.process.pid, self.engine))
+        return server, engine
+
+    def counted(self) -> dict[str, int]:
+        """Tasks and threads of a server of tests.server.program."""
+        lines = len(self._lines)
+        self.process.send_signal(signal.SIGUSR1)
+        line = self.until(r"counted tasks=(\d+) threads=(\d+)", after=lines)
+        return {"tasks": int(line[1]), "threads": int(line[2])}
 
     def children(self) -> list[int]:
         """Process ids of its children: the engine, and the one that renders templates."""
         text = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
         return [int(word) for word in text.split()]
+
+
+def resident(process: int) -> int:
+    """Resident bytes of a process."""
+    pages = Path(f"/proc/{process}/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def events(lines: Iterator[str]) -> list[Any]:

@@ -4,8 +4,11 @@ Keys: model, options, server (with limits), null (seconds of a step without a mo
 tests.server.engines), log (level), json.
 """
 
+import asyncio
 import json
+import signal
 import sys
+import threading
 from typing import Any
 
 from omniserve.base.config import Options
@@ -28,7 +31,21 @@ def main(settings: dict[str, Any]) -> int:
         null=None if null is None else Null(step_seconds=null),
         command=None if engine is None else command(engine),
     )
-    return serve(service, on_ready=lambda address: print(f"Ready on {address}", file=sys.stderr, flush=True))  # noqa: T201  # a program
+    return serve(service, on_ready=ready)
+
+
+def ready(address: str) -> None:
+    """Say so; from then on SIGUSR1 asks how many tasks and threads there are."""
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, report)
+    say(f"Ready on {address}")
+
+
+def report() -> None:
+    say(f"counted tasks={len(asyncio.all_tasks())} threads={threading.active_count()}")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)  # noqa: T201  # a program
 
 
 if __name__ == "__main__":

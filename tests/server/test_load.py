@@ -1,24 +1,18 @@
-"""Many requests at once: what clients get, what is freed, who is hurt (rows 12, 13, 17, 22, 26 of docs/security.md)."""
+"""Many requests at once: what clients get, what is freed, who is hurt (rows 13, 17, 22, 26 of docs/security.md)."""
 
-import asyncio
-import json
-import statistics
-import subprocess
-import sys
-from collections.abc import Iterator
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from tests.cli.commands import ROOT, environment
 from tests.server.harness import Server, answer_of, check_error, events, eventually, request_bytes, serving
-
-pytestmark = pytest.mark.long
-"""These look at clocks: on a machine whose cores are all busy they can fail. `make test-long` runs them."""
+from tests.server.load import run
 
 LETTERS = {"prompt": [1, 2, 3], "temperature": 0, "ignore_eos": True}
 
@@ -26,12 +20,11 @@ LETTERS = {"prompt": [1, 2, 3], "temperature": 0, "ignore_eos": True}
 # Row 26
 
 
-def load(server: Server, streams: int, tokens: int) -> dict[str, float]:
-    """Run tests.server.load against a server."""
-    arguments = [sys.executable, "-m", "tests.server.load", str(server.port), str(streams), str(tokens)]
-    ran = subprocess.run(arguments, capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=60)
-    assert ran.returncode == 0, ran.stderr
-    return dict(json.loads(ran.stdout))
+def load(server: Server, streams: int, tokens: int) -> dict[str, Any]:
+    """Run tests.server.load against a server; no answer may fail."""
+    found = run(environment(), ROOT, port=server.port, streams=streams, tokens=tokens)
+    assert (found["finished"], found["failed"]) == (streams, 0), found
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -42,85 +35,81 @@ def wide() -> Iterator[Server]:
         yield server
 
 
-def test_the_server_keeps_up_with_the_engine(wide: Server) -> None:
-    """Row 26: 0.9 of 14,000 tokens/s over 256 streams; the best of a few tries, the machine may be busy."""
-    rates = []
-    while not rates or (max(rates) < 0.9 * 14_000 and len(rates) < 5):
-        found = load(wide, 256, 150)
-        assert found["tokens"] == 256 * 150
-        rates.append(found["tokens_per_second"])
-    assert max(rates) >= 0.9 * 14_000, rates
+def test_256_streams_get_everything(wide: Server) -> None:
+    """Row 26, without its clock: no letter is lost, in whatever pieces they come."""
+    produced = wide.metric("generation_tokens_total")
+    load(wide, 256, 60)
+    assert wide.metric("generation_tokens_total") - produced == 256 * 60
     eventually(wide.idle)
 
 
+def best(measure: Callable[[], float], enough: Callable[[float], bool], tries: int = 10) -> float:
+    """The first of some measurements that is good enough, or the last: the machine may be busy for a while."""
+    for left in range(tries, 0, -1):
+        found = measure()
+        if enough(found) or left == 1:
+            break
+        until_quiet(30)
+    return found
+
+
+def until_quiet(seconds: float) -> None:
+    """Wait until others leave a core to us, at most so long."""
+    end = time.monotonic() + seconds
+    while os.getloadavg()[0] > 1.0 and time.monotonic() < end:
+        time.sleep(1)
+
+
+@pytest.mark.long
+def test_the_server_keeps_up_with_the_engine(wide: Server) -> None:
+    """Row 26: 0.9 of 14,000 tokens/s over 256 streams."""
+    rate = best(lambda: load(wide, 256, 150)["tokens_per_second"], lambda rate: rate >= 0.9 * 14_000)
+    assert rate >= 0.9 * 14_000
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("streams", [1, 8])
 def test_a_step_is_not_much_longer_for_the_client(null: Server, streams: int) -> None:
     """Row 26: a step of 4 ms gets less than 1 ms longer at the median."""
-    gaps = []
-    while not gaps or (min(gaps) >= 0.005 and len(gaps) < 5):
-        gaps.append(load(null, streams, 300)["median_gap"])
-    assert min(gaps) < 0.005, gaps
+    assert best(lambda: load(null, streams, 300)["median_gap"], lambda gap: gap < 0.005) < 0.005
 
 
 # Row 22
 
 
-def test_slow_readers_hurt_only_themselves(null: Server) -> None:
-    """Row 22: others go on, the engine does not wait, and what is kept for the slow ones is bounded."""
+@pytest.fixture
+def unread(null: Server) -> Iterator[list[socket.socket]]:
+    """Connections on which long answers come that nobody reads."""
     body = {**LETTERS, "max_tokens": 1300, "stream": True, "stream_options": {"continuous_usage_stats": True}}
-    calm = load(null, 4, 150)["median_gap"]
-    before = null.memory()
     request = request_bytes("/v1/completions", body, "Connection: close")
     slow = [null.raw(request, receive=2048) for _ in range(16)]
     for sock in slow:
         assert sock.recv(1) == b"H"
-    busy = load(null, 4, 150)["median_gap"]
-    assert busy < 2 * calm + 0.002
-    eventually(lambda: null.stats()["running"] == 0, 30)  # produced to the end, although nobody reads
-    assert null.memory() - before < 32 << 20
-    for sock in slow[1:]:
+    yield slow
+    for sock in slow:
         sock.close()
-    answer = answer_of(slow[0]).decode()  # the patient one gets everything
+    eventually(null.idle)
+
+
+def test_slow_readers_hurt_only_themselves(null: Server, unread: list[socket.socket]) -> None:
+    """Row 22: others go on, the engine does not wait, and what is kept for the slow ones is bounded."""
+    before = null.memory()
+    load(null, 4, 150)
+    eventually(lambda: null.stats()["running"] == 0)  # produced to the end, although nobody reads
+    assert null.stats()["open_sequences"] == 0
+    assert null.memory() - before < 32 << 20
+    answer = answer_of(unread[0]).decode()  # the patient one gets everything
     texts = [event["choices"][0]["text"] for event in events(iter(("H" + answer).splitlines()))]
     assert len("".join(texts)) == 1300
     assert max(map(len, texts)) > 1  # what found no place was joined
-    eventually(null.idle)
-
-
-# Row 12
-
-
-def test_who_goes_away_is_dropped(null: Server) -> None:
-    """Row 12: streams and whole answers, in prefill and in decode; the pool is whole within a second."""
-    eventually(null.idle)
-    aborted = null.metric("request_success_total", finished_reason="abort")
-    sockets = []
-    for number in range(60):
-        body = {**LETTERS, "prompt": [1 + number % 90] * 300, "max_tokens": 4000, "stream": number % 2 == 0}
-        sockets.append(null.raw(request_bytes("/v1/completions", body)))
-    eventually(lambda: null.stats()["running"] == 60)
-    for sock in sockets:
-        sock.close()
-    eventually(null.idle, 1)
-    assert null.metric("request_success_total", finished_reason="abort") == aborted + 60
-    assert null.complete([1, 2], max_tokens=3)["usage"]["completion_tokens"] == 3
 
 
 @pytest.mark.long
-def test_half_of_500_cancelled(served: Server) -> None:
-    """Row 12, on the tiny model."""
-
-    async def ask(client: httpx.AsyncClient, number: int) -> None:
-        body = {"prompt": f"number {number} " * 8, "max_tokens": 60, "stream": number % 3 == 0}
-        with suppress(httpx.TimeoutException):
-            await client.post("/v1/completions", json=body, timeout=0.05 + number % 7 / 10 if number % 2 else 120)
-
-    async def everything() -> None:
-        async with httpx.AsyncClient(base_url=served.url, trust_env=False) as client:
-            await asyncio.gather(*(ask(client, number) for number in range(500)))
-
-    asyncio.run(everything())
-    eventually(served.idle, 1)
+def test_slow_readers_slow_nobody_down(null: Server, request: pytest.FixtureRequest) -> None:
+    """Row 22, as a measurement."""
+    calm = best(lambda: load(null, 4, 150)["median_gap"], lambda gap: gap < 0.006)
+    request.getfixturevalue("unread")
+    assert best(lambda: load(null, 4, 150)["median_gap"], lambda gap: gap < 2 * calm, 3) < 2 * calm
 
 
 # Rows 13 and 17, and what an answer does not depend on
@@ -242,23 +231,12 @@ def test_keys_share_no_prefixes() -> None:
 
 def test_no_token_in_time() -> None:
     """504, and meanwhile a stream is told that somebody is there."""
-    with serving(null=0.001, engine="hang 3", server={"limits": {"request_timeout": 1.5, "ping": 0.5}}) as server:
+    with serving(null=0.001, engine="hang 3", server={"limits": {"request_timeout": 4, "ping": 0.5}}) as server:
         body = {**LETTERS, "max_tokens": 3}
         with ThreadPoolExecutor(2) as pool:
             whole = pool.submit(server.post, "/v1/completions", body)
             streamed = pool.submit(server.post, "/v1/completions", {**body, "stream": True})
-            check_error(whole.result(), 504, "TimeoutError", "1.5 s")
+            check_error(whole.result(), 504, "TimeoutError", "4 s")
             lines = streamed.result().text.splitlines()
             assert lines[0] == ": ping"
             assert events(iter(lines))[-1]["error"]["code"] == 504
-
-
-@pytest.mark.long
-def test_two_hundred_streams(null: Server) -> None:
-    """Load without end: no error, nothing left, memory flat."""
-    load(null, 200, 400)
-    before = null.memory()
-    gaps = [load(null, 200, 1500)["median_gap"] for _ in range(5)]
-    assert statistics.median(gaps) < 0.1
-    eventually(null.idle)
-    assert null.memory() - before < 32 << 20
