@@ -26,6 +26,7 @@ BUDGET = {
     "fuzz": 60,
     "quantize": 120,
     "server": 180,
+    "clients": 60,
 }
 """Seconds that `make test` may spend in each folder on 2 cores; with lint and set-up they stay under 20 minutes."""
 

@@ -42,6 +42,12 @@ _NO_TELEMETRY: TelemetryConfig = {
     "operation_spans": False,
     "auto_configure": False,
 }
+_EVENTS: dict[str, Any] = {
+    "text/event-stream": {
+        "itemSchema": {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+    }
+}
+"""Server-sent events in an OpenAPI file; `itemSchema` is of OpenAPI 3.2, and unknown to older readers."""
 _DESCRIPTIONS = {
     400: "a value, or the body, is not valid",
     401: "the API key is missing or wrong",
@@ -111,11 +117,10 @@ def _answers(model: type[BaseModel], *, stream: bool = False) -> dict[int | str,
     """Return what an OpenAPI file says about a route that takes a body."""
     errors = _errors(*_POST, 500, 501, 504) if stream else _errors(*_POST, 501)
     if stream:
-        content = {"text/event-stream": {"schema": {"type": "string"}}}
         errors[200] = {
             "model": model,
             "description": "The answer, or server-sent events with its chunks",
-            "content": content,
+            "content": _EVENTS,
         }
     else:
         errors[200] = {"model": model}
@@ -258,7 +263,9 @@ def _add_state(app: FastAPI, service: Service) -> None:
         """Prometheus' text format."""
         return Response(service.metrics.text(), headers={"content-type": CONTENT_TYPE})
 
-    @app.get("/engine/stats", responses=_errors(), response_model=None)
+    events = {"description": "Server-sent events without an end", "content": _EVENTS}
+
+    @app.get("/engine/stats", responses=_errors() | {200: events}, response_class=Response)
     async def stats() -> Response:
         """What the engine is doing, a few times a second, as server-sent events."""
         return Feed(watch.snapshot, seconds=STATS_SECONDS, stopped=lambda: service.state in ("draining", "dead"))

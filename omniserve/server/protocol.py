@@ -83,6 +83,11 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
+def _examples(*bodies: dict[str, Any]) -> ConfigDict:
+    """Bodies that the OpenAPI file shows: any server must take them."""
+    return ConfigDict(json_schema_extra={"examples": list(bodies)})
+
+
 class StreamOptions(Body):
     """What a stream holds beside the answer."""
 
@@ -206,6 +211,8 @@ _UNSUPPORTED = {
 class CompletionRequest(Sampling):
     """Body of /v1/completions."""
 
+    model_config = _examples({"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0})
+
     prompt: Prompt
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     echo: bool | None = None
@@ -264,6 +271,8 @@ class Message(Body):
 
 class ChatRequest(Sampling):
     """Body of /v1/chat/completions."""
+
+    model_config = _examples({"messages": [{"role": "user", "content": "Is water wet?"}], "max_tokens": 8})
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
@@ -344,6 +353,8 @@ _MEDIA = frozenset(
 class TokenizeRequest(Body):
     """Body of /tokenize: a prompt, or a conversation."""
 
+    model_config = _examples({"prompt": "Is water wet?"})
+
     model: Str | None = None
     prompt: Str | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
@@ -353,6 +364,8 @@ class TokenizeRequest(Body):
 
 class DetokenizeRequest(Body):
     """Body of /detokenize."""
+
+    model_config = _examples({"tokens": [0, 1, 2]})
 
     model: Str | None = None
     tokens: list[TokenId]
