@@ -8,6 +8,7 @@ from cyclopts import App, CycloptsError, UnknownCommandError, UnknownOptionError
 from omniserve import __version__
 from omniserve.base.config import nearest
 from omniserve.cli.answer import generate
+from omniserve.cli.batch import batch
 from omniserve.cli.chat import chat
 from omniserve.cli.convert import convert
 from omniserve.cli.demo import demo
@@ -32,6 +33,7 @@ bench = App(name="bench", help="Speed: throughput of a model, latencies of a ser
 app.command(generate)
 app.command(chat)
 app.command(serve)
+app.command(batch)
 app.command(quantize)
 app.command(convert)
 app.command(export_tokenizer)

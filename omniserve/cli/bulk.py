@@ -5,13 +5,9 @@ line, the line's number and the settings alone, never on when it was made, so th
 not stopped (in exact arithmetic: docs/design.md section 2.6).
 """
 
-import hashlib
-import json
 import math
 import os
-import sqlite3
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -20,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from omniserve.base.config import Options, nearest
 from omniserve.base.errors import ConfigError, OmniserveError, RequestError
 from omniserve.base.types import SamplingParams
-from omniserve.cli.jsonl import LONGEST_LINE, Lines, Output, as_bytes, fingerprint, job_file, short
+from omniserve.cli.jsonl import InOrder, Lines, Names, Output, fingerprint, job_file, json_object, short
 from omniserve.cli.loading import load
 from omniserve.cli.output import Bars, as_json, say
 
@@ -30,8 +26,6 @@ if TYPE_CHECKING:
 
 AHEAD = 2
 """Requests handed to the engine, as a multiple of those that it runs at once: the next ones are always at hand."""
-WINDOW = 1024
-"""Answers of an ordered run that wait for an earlier one; then nothing new is begun until it is there."""
 REPORTED = 20
 """Bad lines that are shown; the others stand in the output only."""
 _SENTENCE = 400
@@ -109,25 +103,21 @@ class Asked:
 
 
 class Reader:
-    """Understands lines, and remembers their ids: in a temporary file of SQLite's, so that memory stays bounded."""
+    """Understands lines, and remembers their ids."""
 
     def __init__(self, params: SamplingParams, seed: int) -> None:
         self._params = params
         self._seed = seed
-        self._ids = sqlite3.connect("", isolation_level=None)
-        self._ids.execute("PRAGMA journal_mode = OFF")
-        self._ids.execute("CREATE TABLE ids (id BLOB PRIMARY KEY, line INTEGER) WITHOUT ROWID")
+        self._ids = Names()
 
     def identify(self, line: int, content: bytes | None) -> "tuple[Id | None, dict[str, Any]]":
         """Return a line's id and its fields, and remember the id. Raises RequestError, for another use of an id too."""
-        given = _object(line, content)
+        given = json_object(line, content, "prompt, prompt_token_ids or messages")
         own = given.get("id", line)
         if type(own) not in (str, int, float) or (isinstance(own, float) and not math.isfinite(own)):
             raise RequestError(f"id={short(own)}: must be a text or a number")
         name = own if isinstance(own, str) else int(own) if own == int(own) else own
-        key = hashlib.blake2b(as_bytes(json.dumps(name)), digest_size=16).digest()
-        self._ids.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (key, line))
-        first = self._ids.execute("SELECT line FROM ids WHERE id = ?", (key,)).fetchone()[0]
+        first = self._ids.owner(name, line)
         if first != line:
             raise RequestError(f"id={short(own)}: is that of line {first} already, each line needs its own")
         return own, given
@@ -157,24 +147,6 @@ class Reader:
         return Asked(line=line, id=own, fields=given, params=params)
 
 
-def _object(line: int, content: bytes | None) -> dict[str, Any]:
-    """Return the JSON object that a line holds."""
-    if content is None:
-        raise RequestError(f"longer than {LONGEST_LINE >> 20} MiB")
-    try:
-        text = content.decode("utf-8-sig" if line == 1 else "utf-8")
-        value = json.loads(text)
-    except UnicodeDecodeError as error:
-        raise RequestError(f"not UTF-8 text (byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise RequestError(f"not valid JSON: {error.msg} (character {error.pos})") from None
-    except (ValueError, RecursionError):
-        raise RequestError("not valid JSON: nested too deeply, or a number with too many digits") from None
-    if not isinstance(value, dict):
-        raise RequestError("not a JSON object with prompt, prompt_token_ids or messages")
-    return value
-
-
 def prompt_of(llm: "LLM", fields: Mapping[str, Any]) -> "Prompt":
     """Return the prompt of a line's fields. Raises RequestError."""
     if "messages" in fields:
@@ -191,6 +163,12 @@ def prompt_of(llm: "LLM", fields: Mapping[str, Any]) -> "Prompt":
     if not isinstance(ids, list) or not ids:
         raise RequestError(f"prompt_token_ids={short(ids)}: must be a list of at least one token id")
     return ids
+
+
+def sentence_of(error: Exception) -> str:
+    """Return what is said about a line, on one line and not too long."""
+    sentence = " ".join(str(error).split())
+    return sentence if len(sentence) <= _SENTENCE else sentence[: _SENTENCE - 3] + "..."
 
 
 # The run
@@ -279,9 +257,7 @@ class Run:
         self._output = output
         self._reader = reader
         self._tally = tally
-        self._ordered = ordered
-        self._due: deque[int] = deque()  # lines that were taken and not written, in their order
-        self._held: dict[int, dict[str, object]] = {}  # those of them that are answered
+        self._answers = InOrder(output, ordered=ordered)
         self._shown = 0
 
     def answers(self) -> Iterator[int]:
@@ -293,24 +269,19 @@ class Run:
             else:
                 self._tally.prompt_tokens += outcome.usage.prompt_tokens
                 self._tally.completion_tokens += outcome.usage.completion_tokens
-                self._write(asked.line, _answered(asked, outcome))
+                self._answers.write(asked.line, _answered(asked, outcome))
             yield asked.line
-        assert not self._due and not self._held, self._due
+        assert self._answers.empty
 
     def _asked(self) -> "Iterator[tuple[Asked, Prompt, SamplingParams] | None]":
         """Yield what is to be answered; None while too many answers wait for an earlier one."""
         for line, content in self._lines:
-            while len(self._due) >= WINDOW:
+            while self._answers.full:
                 yield None
             own: Id | None = None
             done = line in self._output
             if not done:
-                if self._ordered and line < self._output.latest:
-                    raise ConfigError(
-                        f"{self._output.path}: has lines after line {line} but not that one: give --overwrite to "
-                        "start again"
-                    )
-                self._due.append(line)
+                self._answers.take(line)
             try:
                 own, fields = self._reader.identify(line, content)
                 if done:
@@ -325,23 +296,13 @@ class Run:
             yield asked, prompt, asked.params
 
     def _refuse(self, line: int, own: Id | None, error: OmniserveError) -> None:
-        sentence = " ".join(str(error).split())
-        sentence = sentence if len(sentence) <= _SENTENCE else sentence[: _SENTENCE - 3] + "..."
+        sentence = sentence_of(error)
         if self._shown < REPORTED:
             say(f"omniserve: {self._lines.path} line {line}: {sentence}")
         elif self._shown == REPORTED:
             say(f"omniserve: further errors stand in {self._output.path} only")
         self._shown += 1
-        self._write(line, {"id": own, "line": line, "error": sentence})
-
-    def _write(self, line: int, answer: dict[str, object]) -> None:
-        if not self._ordered:
-            self._due.remove(line)
-            self._output.append(answer)
-            return
-        self._held[line] = answer
-        while self._due and self._due[0] in self._held:
-            self._output.append(self._held.pop(self._due.popleft()))
+        self._answers.write(line, {"id": own, "line": line, "error": sentence})
 
 
 def _answered(asked: Asked, outcome: "RequestOutput") -> dict[str, object]:

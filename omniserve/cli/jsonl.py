@@ -10,18 +10,22 @@ import fcntl
 import hashlib
 import json
 import os
+import sqlite3
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Literal, Self
+from typing import Any, BinaryIO, Literal, Self
 
-from omniserve.base.errors import CapacityError, ConfigError
+from omniserve.base.errors import CapacityError, ConfigError, RequestError
 
 LONGEST_LINE = 16 << 20
 """Bytes of a line; longer ones are reported."""
+WINDOW = 1024
+"""Answers of an ordered run that wait for an earlier one; then nothing new is begun until it is there."""
 SYNC_SECONDS = 5.0
 """Between two times that the output is flushed to the disk."""
 
@@ -131,6 +135,52 @@ def job_file(target: Path) -> Path:
     return target.with_name(target.name + ".job")
 
 
+def json_object(line: int, content: bytes | None, keys: str) -> dict[str, Any]:
+    """Return the JSON object that a line holds; `keys` says which ones it should have. Raises RequestError."""
+    if content is None:
+        raise RequestError(f"longer than {LONGEST_LINE >> 20} MiB")
+    try:
+        text = content.decode("utf-8-sig" if line == 1 else "utf-8")
+        value = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise RequestError(f"not UTF-8 text (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise RequestError(f"not valid JSON: {error.msg} (character {error.pos})") from None
+    except (ValueError, RecursionError):
+        raise RequestError("not valid JSON: nested too deeply, or a number with too many digits") from None
+    if not isinstance(value, dict):
+        raise RequestError(f"not a JSON object with {keys}")
+    return value
+
+
+class Names:
+    """Whose each name is: in a temporary file of SQLite's, so that memory stays bounded."""
+
+    def __init__(self) -> None:
+        self._names = sqlite3.connect("", isolation_level=None)
+        self._names.execute("PRAGMA journal_mode = OFF")
+        self._names.execute("CREATE TABLE names (name BLOB PRIMARY KEY, line INTEGER) WITHOUT ROWID")
+
+    def owner(self, name: str | int | float, line: int) -> int:
+        """Return the first line that has this name, which is `line` if none had it before."""
+        key = hashlib.blake2b(as_bytes(json.dumps(name)), digest_size=16).digest()
+        self._names.execute("INSERT OR IGNORE INTO names VALUES (?, ?)", (key, line))
+        first: int = self._names.execute("SELECT line FROM names WHERE name = ?", (key,)).fetchone()[0]
+        return first
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """How a line of an output says which line of the input it answers (None: it does not), and whether it failed."""
+
+    line: Callable[[Mapping[str, object]], object]
+    failed: Callable[[Mapping[str, object]], bool]
+
+
+OWN_MARKS = Marks(lambda answer: answer.get("line"), lambda answer: "error" in answer)
+"""Those of `generate --prompt-file`."""
+
+
 class Output:
     """The output file, open for appending by this process alone.
 
@@ -138,13 +188,24 @@ class Output:
 
     facts     what answers depend on, by name; the values of JSON
     last      number of the input's last line
+    marks     how its lines are read
     answered, errors, torn
               lines found in it with an answer, with an error; bytes cut off at its end
     Raises ConfigError if it holds something else than the beginning of this run.
     """
 
-    def __init__(self, path: Path, facts: Mapping[str, object], last: int, *, ordered: bool, overwrite: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        facts: Mapping[str, object],
+        last: int,
+        *,
+        ordered: bool,
+        overwrite: bool,
+        marks: Marks = OWN_MARKS,
+    ) -> None:
         self.path = path
+        self._marks = marks
         self.answered = self.errors = self.torn = self.latest = 0
         self._done = bytearray(last // 8 + 1)
         self._last = last
@@ -216,7 +277,7 @@ class Output:
         with open(os.dup(self._file), "rb") as file:
             file.seek(0)
             for row, content in enumerate(file, start=1):
-                answer = _whole(content)
+                answer = self._whole(content)
                 if answer is None:
                     torn = place if torn is None else torn
                 elif torn is not None or not self._note(answer):
@@ -231,15 +292,26 @@ class Output:
 
     def _note(self, answer: Mapping[str, object]) -> bool:
         """Note a line that is in the file; False if it cannot be."""
-        line = answer["line"]
+        line = self._marks.line(answer)
         assert isinstance(line, int)
         if not 1 <= line <= self._last or line in self or (self._ordered and line < self.latest):
             return False
         self._done[line // 8] |= 1 << line % 8
         self.latest = max(self.latest, line)
-        self.errors += "error" in answer
-        self.answered += "error" not in answer
+        failed = self._marks.failed(answer)
+        self.errors += failed
+        self.answered += not failed
         return True
+
+    def _whole(self, content: bytes) -> dict[str, object] | None:
+        """Return the object in a line of the file; None if the line is torn."""
+        if not content.endswith(b"\n"):
+            return None
+        try:
+            value = json.loads(content)
+        except (ValueError, RecursionError):
+            return None
+        return value if isinstance(value, dict) and type(self._marks.line(value)) is int else None
 
     @property
     def filled(self) -> int:
@@ -253,7 +325,7 @@ class Output:
     def append(self, answer: Mapping[str, object]) -> None:
         """Write one line."""
         noted = self._note(answer)
-        assert noted, answer["line"]
+        assert noted, self._marks.line(answer)
         content = memoryview(as_bytes(json.dumps(answer, ensure_ascii=False, allow_nan=False)) + b"\n")
         try:
             while content:
@@ -298,12 +370,39 @@ def _difference(name: str, before: object, now: object) -> str:
     return f"{name} {'not given' if before is _ABSENT else short(before)}, now {short(_plain(now))}"
 
 
-def _whole(content: bytes) -> dict[str, object] | None:
-    """Return the object in a line of the output; None if the line is torn."""
-    if not content.endswith(b"\n"):
-        return None
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) and type(value.get("line")) is int else None
+class InOrder:
+    """Answers on their way into an output: those that come before their turn wait for it, unless any order will do."""
+
+    def __init__(self, output: Output, *, ordered: bool) -> None:
+        self._output = output
+        self._ordered = ordered
+        self._due: deque[int] = deque()  # lines that were taken and not written, in their order
+        self._held: dict[int, Mapping[str, object]] = {}  # those of them that are answered
+
+    @property
+    def full(self) -> bool:
+        """Whether too many answers wait for an earlier one: nothing new should be begun."""
+        return len(self._due) >= WINDOW
+
+    @property
+    def empty(self) -> bool:
+        """Whether every line that was taken is written."""
+        return not self._due
+
+    def take(self, line: int) -> None:
+        """Note that a line will be answered. Raises ConfigError if it cannot have its place any more."""
+        if self._ordered and line < self._output.latest:
+            raise ConfigError(
+                f"{self._output.path}: has lines after line {line} but not that one: give --overwrite to start again"
+            )
+        self._due.append(line)
+
+    def write(self, line: int, answer: Mapping[str, object]) -> None:
+        """Write the answer to a line that was taken, as soon as it is its turn."""
+        if not self._ordered:
+            self._due.remove(line)
+            self._output.append(answer)
+            return
+        self._held[line] = answer
+        while self._due and self._due[0] in self._held:
+            self._output.append(self._held.pop(self._due.popleft()))

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from omniserve import LLM, SamplingParams
 from omniserve.base.errors import CapacityError, ConfigError, RequestError
 from omniserve.cli import bulk as module
+from omniserve.cli import jsonl
 from omniserve.cli.bulk import Reader, answer_lines
 from omniserve.cli.jsonl import Lines, Output, fingerprint, job_file
 from omniserve.cli.main import main
@@ -428,7 +429,7 @@ def test_an_input_that_changes_meanwhile(llm: LLM, whole: tuple[Path, bytes], tm
 
 def test_a_slow_line_holds_back_few_others(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, answers wait in memory for an earlier one: no more than WINDOW lines are under way."""
-    monkeypatch.setattr(module, "WINDOW", 12)
+    monkeypatch.setattr(jsonl, "WINDOW", 12)
     rows = [{"prompt": "a", "max_tokens": 150 if n % 40 == 0 else 1, "ignore_eos": True} for n in range(80)]
     source = write(tmp_path / "in.jsonl", rows)
     lines = Lines.scan(source)
@@ -437,7 +438,7 @@ def test_a_slow_line_holds_back_few_others(llm: LLM, tmp_path: Path, monkeypatch
         params = SamplingParams(temperature=0)
         run = module.Run(llm, lines, output, Reader(params, 0), module.Tally(lines=80), ordered=True)
         for _ in run.answers():
-            most = max(most, len(run._due))
+            most = max(most, len(run._answers._due))
     assert 8 < most <= 12
     assert [one["line"] for one in read(tmp_path / "out.jsonl")] == list(range(1, 81))
 
