@@ -1,11 +1,5 @@
 """The routes. Everything that can be refused is refused before an answer begins, with its own status."""
 
-import base64
-import hashlib
-import html
-import importlib.resources
-import re
-from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -16,7 +10,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from omniserve.base.errors import OmniserveError
@@ -27,6 +21,7 @@ from omniserve.server.answers import Reply
 from omniserve.server.errors import ApiError, from_exception
 from omniserve.server.guard import CLIENT_GONE, Guard
 from omniserve.server.metrics import CONTENT_TYPE
+from omniserve.server.pages import add_pages
 from omniserve.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from omniserve.server.requests import begin, conversation
 from omniserve.server.service import Service
@@ -83,7 +78,7 @@ def application(service: Service) -> ASGIApp:
     _add_generation(app, service)
     _add_tokens(app, service)
     _add_state(app, service)
-    _add_pages(app, service)
+    add_pages(app, service.server)
     guarded: ASGIApp = Guard(app, service, posts=POSTS)
     if service.server.allowed_origins:
         guarded = CORSMiddleware(
@@ -269,67 +264,6 @@ def _add_state(app: FastAPI, service: Service) -> None:
     async def stats() -> Response:
         """What the engine is doing, a few times a second, as server-sent events."""
         return Feed(watch.snapshot, seconds=STATS_SECONDS, stopped=lambda: service.state in ("draining", "dead"))
-
-
-# Pages
-
-
-def _add_pages(app: FastAPI, service: Service) -> None:
-    @app.get("/openapi.json", include_in_schema=False)
-    async def openapi() -> Response:
-        return _as_json(app.openapi())
-
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> Response:
-        rows = "".join(_row(*row) for row in _listed(app))
-        text = _DOCS.replace("ROWS", rows)
-        return _html(text)
-
-    if not service.server.ui:
-        return
-    page = importlib.resources.files("omniserve.server").joinpath("static/index.html").read_text("utf-8")
-
-    @app.get("/", include_in_schema=False)
-    async def index() -> Response:
-        return _html(page)
-
-
-_DOCS = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>omniserve: endpoints</title>
-<h1>omniserve: endpoints</h1>
-<table><tr><th>method</th><th>path</th><th>what it is</th></tr>ROWS</table>
-<p>Bodies and answers are described in <a href="openapi.json">openapi.json</a>.</p>
-</html>
-"""
-
-
-def _listed(app: FastAPI) -> Sequence[tuple[str, str, str]]:
-    rows = [("GET, HEAD", "/metrics", "Prometheus' text format.")]
-    for path, methods in app.openapi()["paths"].items():
-        rows += [(method.upper(), path, about.get("description", "")) for method, about in methods.items()]
-    return sorted(rows, key=lambda row: row[1])
-
-
-def _row(method: str, path: str, about: str) -> str:
-    return "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in (method, path, about)) + "</tr>"
-
-
-def _html(text: str) -> Response:
-    """Return a page that may load nothing but what stands in it."""
-    scripts = _hashes("script", text)
-    styles = _hashes("style", text)
-    policy = (
-        f"default-src 'none'; script-src {scripts}; style-src {styles}; connect-src 'self'; img-src data:; "
-        "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-    )
-    headers = {"content-security-policy": policy, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
-    return HTMLResponse(text, headers=headers)
-
-
-def _hashes(tag: str, text: str) -> str:
-    found = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
-    hashes = [base64.b64encode(hashlib.sha256(one.encode()).digest()).decode() for one in found]
-    return " ".join(f"'sha256-{one}'" for one in hashes) or "'none'"
 
 
 def _as_json(value: Any) -> Response:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from omniserve.base.numbers import ceil_div
 from omniserve.cache.pool import CACHED, FREE, HELD, SHARED
+from omniserve.server.pages import peers
 
 if TYPE_CHECKING:
     from omniserve.server.service import Service
@@ -17,7 +18,7 @@ CELLS = 1024
 LETTERS = {FREE: "f", CACHED: "c", HELD: "h", SHARED: "s"}
 REQUESTS = 64
 """Running requests that are told of, those with the most pages first."""
-_SMALLEST_MAP = 64
+_SMALLEST_MAP = 128
 
 
 class Watch:
@@ -40,6 +41,7 @@ class Watch:
             "time": time.time(),
             "state": service.state,
             "model": service.names[0],
+            "peers": peers(service.server),
             "running": stats.running,
             "waiting": stats.waiting,
             "open_sequences": service.queue.sequences,

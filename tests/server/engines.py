@@ -6,6 +6,7 @@ float64       the model, with the reference in float64, where laws hold token fo
 FAULT WHEN    without a model: a step fails. FAULT: raise; always (so do all that follow); hang (it never ends);
               kill (the process ends in it); wait (it and all that follow wait until the path is gone). WHEN: the
               number of the step, warm-up included (2), or a path: the first step that finds it there
+say TEXT      without a model: every answer is this text, a byte for each token, over and over
 """
 
 import os
@@ -14,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from omniserve.base.types import Step
+from omniserve.base.types import Step, StepResult
 from omniserve.engine.engine import Engine, Executor, Handle
 from omniserve.engine.process import Link, Ready, Start, described, load_engine, work
 
@@ -46,6 +47,9 @@ def load(kind: str, start: Start, link: Link) -> tuple[Engine, Ready]:
         built = build(start.model, start.options, dtype="float64")
         return built.engine, described(built)
     engine, ready = load_engine(start, link)
+    if word == "say":
+        engine.executor = Parrot(engine.executor, when)
+        return engine, ready
     engine.executor = Faulty(engine.executor, word, when)
     return engine, ready
 
@@ -86,3 +90,37 @@ class Faulty:
 
     def close(self) -> None:
         self.executor.close()
+
+
+class Parrot:
+    """Says a text in the letters that the tokenizer of dummy weights knows."""
+
+    def __init__(self, executor: Executor, text: str) -> None:
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        alphabet = {sign: i for i, sign in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+        tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        self.tokens: list[int] = tokenizer.encode(text).ids
+        self.executor = executor
+
+    def submit(self, step: Step) -> Handle:
+        drawn = {
+            work.request: self.tokens[(work.start + work.count - work.prompt) % len(self.tokens)]
+            for work in step.works
+            if work.draws
+        }
+        return _Said(self.executor.submit(step), StepResult(tokens=drawn))
+
+    def close(self) -> None:
+        self.executor.close()
+
+
+class _Said:
+    def __init__(self, handle: Handle, result: StepResult) -> None:
+        self.handle = handle
+        self.said = result
+
+    def result(self) -> StepResult:
+        self.handle.result()
+        return self.said

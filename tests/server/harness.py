@@ -238,3 +238,12 @@ def check_error(answer: httpx.Response, status: int, kind: str, *words: str, par
         assert error["param"] == param, error
     assert "0x" not in error["message"]
     assert "Traceback" not in error["message"]
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens at now."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [int(one.getsockname()[1]) for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports

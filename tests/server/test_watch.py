@@ -34,7 +34,7 @@ def test_the_feed_shows_pages_requests_and_the_queue() -> None:
         assert (pages(first)["total"], first["running"], first["queue_age"]) == (512, 0, 0)
         assert (first["ttft_ms"], first["itl_ms"]) == (None, None)
         idle = until(server, lambda stats: pages(stats)["map"] is not None)
-        assert pages(idle)["map"] == {"pages": 64, "pages_per_cell": 1, "cells": "f" * 64}
+        assert pages(idle)["map"] == {"pages": 128, "pages_per_cell": 1, "cells": "f" * 128}
 
         with server.http.stream("POST", "/v1/completions", json=body) as one:
             first_lines = one.iter_lines()  # kept: a generator that is dropped closes its stream
