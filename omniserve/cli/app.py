@@ -21,6 +21,7 @@ from omniserve.cli.quantize import quantize
 from omniserve.cli.serve import serve
 from omniserve.cli.speed import throughput
 from omniserve.cli.tokenizer import export_tokenizer
+from omniserve.cli.top import top
 
 app = App(
     name="omniserve",
@@ -36,6 +37,7 @@ app.command(serve)
 app.command(batch)
 app.command(quantize)
 app.command(convert)
+app.command(top)
 app.command(export_tokenizer)
 app.command(evaluate)
 app.command(bench)
