@@ -307,9 +307,9 @@ class AsyncEngine:
                     self._hand_out(output)
             case View():
                 self.view, self._looking = message, False
-            case Refused(name, sentence):
+            case Refused(name, sentence, user):
                 if sink := self._sinks.pop(name, None):
-                    sink(RequestError(sentence))
+                    sink(RequestError(sentence) if user else StepError(sentence))
             case Said(level, text):
                 _ENGINE_LOG.log(level, "%s", text)
             case Progress(phase, done, total):

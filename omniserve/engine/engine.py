@@ -30,8 +30,8 @@ class Executor(Protocol):
 class Engine:
     """Owns a scheduler, an executor and the steps in flight: with overlap one while the next is planned, else none.
 
-    An exception of the executor leaves `step` as it came. The requests in flight are then aborted, the others start
-    again, and what was already known comes with the next call.
+    An exception leaves `step` as it came. If it was the executor's the requests in flight are aborted, if it was the
+    plan's the one whose turn it was; the others start again, and what was already known comes with the next call.
     """
 
     def __init__(self, scheduler: Scheduler, executor: Executor, *, overlap: bool) -> None:
@@ -56,7 +56,11 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Run one step, or let the one in flight land, and return what came of it."""
-        step = self.scheduler.plan()
+        try:
+            step = self.scheduler.plan()
+        except Exception:
+            self._outputs += self.scheduler.tear_up()
+            raise
         try:
             if step.works:
                 self._flight.append((step, self.executor.submit(step)))

@@ -172,10 +172,11 @@ class View(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class Refused(msgspec.Struct, tag=True, frozen=True):
-    """A request that can never be served."""
+    """A request that can never be served. user: the sentence is about something that the user can mend."""
 
     id: str
     sentence: str
+    user: bool
 
 
 class Said(msgspec.Struct, tag=True, frozen=True):
@@ -404,7 +405,10 @@ def _add(engine: "Engine", add: Add, requests: dict[str, Request], link: Link) -
     try:
         engine.add(request)
     except OmniserveError as error:
-        link.send(Refused(add.id, str(error)))
+        link.send(Refused(add.id, str(error), user=True))
+    except Exception as error:  # whatever it is, it is this request's failure and no other's
+        _LOG.error("request not queued %s", log.fields(error=type(error).__name__), exc_info=True)
+        link.send(Refused(add.id, "the request could not be queued", user=False))
     else:
         requests[add.id] = request
 

@@ -65,6 +65,8 @@ class Scheduler:
         self._unfinished: dict[str, Request] = {}
         self._slots = list(range(limits.max_seqs - 1, -1, -1))
         self._flying: deque[tuple[Step, tuple[Request, ...]]] = deque()
+        self._draft: list[tuple[Work, Request]] = []  # of the step being planned
+        self._at: Request | None = None  # whose turn it is in it
 
     @property
     def waiting(self) -> int:
@@ -124,18 +126,20 @@ class Scheduler:
         return _output(request, ())
 
     def plan(self) -> Step:
-        """Return the next step; without works if there is nothing to do before a step in flight lands."""
-        works: list[Work] = []
-        served: list[Request] = []
+        """Return the next step; without works if there is nothing to do before a step in flight lands.
+
+        After an exception `tear_up` must be called.
+        """
+        self._draft = []
         budget = self._limits.max_step_tokens
 
         def serve(request: Request, count: int, admission: Admission | None = None) -> None:
             nonlocal budget
-            works.append(self._issue(request, count, admission))
-            served.append(request)
+            self._draft.append((self._issue(request, count, admission), request))
             budget -= count
 
         for request in tuple(self._running):
+            self._at = request
             count = self._due(request, budget)
             if count == 0:
                 continue
@@ -145,7 +149,7 @@ class Scheduler:
             serve(request, count)
 
         while self._waiting and self._slots and budget:
-            request = self._waiting[0]
+            request = self._at = self._waiting[0]
             admission = None if request.flights or self._behind(request) else self._start(request)
             if admission is None:
                 break
@@ -154,12 +158,34 @@ class Scheduler:
             assert reserved, request
             serve(request, count, admission)
 
-        assert works or self._flying or not self._unfinished, "nothing moves"
-        if not works:
+        self._at = None
+        draft = self._draft
+        assert draft or self._flying or not self._unfinished, "nothing moves"
+        if not draft:
             return Step(works=())
-        step = Step(works=tuple(works), moves=self.cache.moves(), tokens=self._limits.max_step_tokens - budget)
-        self._flying.append((step, tuple(served)))
+        works, served = zip(*draft, strict=True)
+        step = Step(works=works, moves=self.cache.moves(), tokens=self._limits.max_step_tokens - budget)
+        self._flying.append((step, served))
         return step
+
+    def tear_up(self) -> list[Output]:
+        """Forget the step whose planning failed, and return the output of the request that it failed at, if any.
+
+        That one is aborted. Nothing of the step has run, so that the others only start again; steps in flight land.
+        """
+        for work, request in self._draft:
+            request.flights -= 1
+            request.drawn -= work.draws
+            if work.logits == "all":
+                request.scored = work.start
+        self._draft = []
+        while self._running:
+            self._preempt(self._running[-1])
+        at, self._at = self._at, None
+        if at is None or at.finished:
+            return []
+        self._finish(at, "abort")
+        return [_output(at, ())]
 
     def _behind(self, request: Request) -> bool:
         """True while the pages that a request could share with its leader are not computed yet."""

@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from omniserve.base import log
 from omniserve.base.types import FinishReason, Output, TokenLogprobs, Usage
 from omniserve.engine.process import Add
-from omniserve.server.errors import ApiError, from_exception
+from omniserve.server.errors import INTERNAL, ApiError, from_exception
 
 if TYPE_CHECKING:
     from omniserve.text import Tokenizer
 
+_LOG = log.get(__name__)
 BUFFER = 256
 """Pieces that wait for a slow reader; further ones are joined with the last of them."""
 
@@ -67,7 +69,16 @@ class Choice:
         self._answer = Answer(request.sampling, request.stop_ids, tokenizer)
 
     def take(self, output: Output | Exception) -> None:
-        """Take what comes from the engine."""
+        """Take what comes from the engine. What fails on the way to a text is this answer's failure and no other's."""
+        try:
+            self._take(output)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of the tokenizers library is no Exception
+            _LOG.error("answer failed %s", log.fields(id=self.reply.id, error=type(error).__name__), exc_info=True)
+            self.reply.fail(ApiError(500, INTERNAL))
+
+    def _take(self, output: Output | Exception) -> None:
         if isinstance(output, Exception):
             self.reply.fail(output)
             return

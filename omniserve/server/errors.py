@@ -29,6 +29,7 @@ TYPES = {
     503: "ServiceUnavailableError",
     504: "TimeoutError",
 }
+INTERNAL = "internal error: see the server's log"
 LONGEST_RETRY = 30
 """Seconds; the most that Retry-After asks for."""
 _LONGEST = 600
@@ -111,7 +112,7 @@ def from_exception(error: Exception) -> ApiError:
             return ApiError(500, "the step that this request was part of has failed")
         case TimeoutError():
             return ApiError(504, "the request took too long")
-    return ApiError(500, "internal error: see the server's log")
+    return ApiError(500, INTERNAL)
 
 
 def _named(sentence: str) -> str | None:

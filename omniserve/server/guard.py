@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from omniserve.base import log
-from omniserve.server.errors import ApiError, from_exception
+from omniserve.server.errors import INTERNAL, ApiError, from_exception
 from omniserve.server.service import Service
 
 OPEN = frozenset({"/", "/health", "/ready", "/version"})
@@ -53,9 +53,11 @@ class Guard:
             call.status = CLIENT_GONE
         except ApiError as error:
             await call.refuse(error)
-        except Exception as error:  # a request's top level
+        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a request's top level; a panic of the tokenizers library is no Exception
             _LOG.error("request failed %s", log.fields(id=call.id, error=type(error).__name__), exc_info=True)
-            await call.refuse(from_exception(error))
+            await call.refuse(from_exception(error) if isinstance(error, Exception) else ApiError(500, INTERNAL))
         finally:
             call.log()
 

@@ -239,6 +239,50 @@ def test_a_failed_step_aborts_its_requests_and_restarts_the_others() -> None:
 # Preemption
 
 
+@pytest.mark.parametrize("culprit", ["a", "b", "c", "d"])
+@pytest.mark.parametrize("flying", [False, True])
+def test_a_plan_that_fails_at_a_request_costs_that_request(
+    culprit: str, flying: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others start again, also those with a step in flight, and bring the tokens that they would have brought."""
+    one = scheduler(seqs=3, step=300)
+    requests = [request(name, 70, limit=5, base=100 * place) for place, name in enumerate("abc")]
+    add(one, *requests)
+    run(one, 2)
+    step = one.plan() if flying else None
+    add(one, request("d", 10, limit=2))
+    real, reserve = [], one.cache.reserve
+
+    def fails(each: Request, count: int) -> bool:
+        if each.id == culprit:
+            raise RuntimeError(culprit)
+        real.append(each.id)
+        return reserve(each, count)
+
+    monkeypatch.setattr(one.cache, "reserve", fails)
+    outputs: list[Output] = []
+    for _ in range(40):
+        if not one.has_work:
+            break
+        try:
+            planned = one.plan()
+        except RuntimeError:
+            outputs += one.tear_up()
+            one.check()
+            continue
+        if step is not None:
+            outputs += land(one, step)
+        step = planned if planned.works else None
+        if step is not None and not flying:
+            outputs += land(one, step)
+            step = None
+    assert not one.has_work
+    ends = {output.request: output.finish for output in outputs if output.finish is not None}
+    assert ends == {name: "abort" if name == culprit else "length" for name in "abcd"}
+    assert [each.produced for each in requests if each.id != culprit] == [5] * (3 - (culprit in "abc"))
+    assert one.cache.pools[Kind.RETRIEVAL].held == 0
+
+
 def full_pool() -> tuple[Scheduler, Request, Request]:
     """Two requests that fill the pool of 4 pages; the next token of either needs a page."""
     one = scheduler(pages=4, step=300)
