@@ -7,15 +7,18 @@ FAULT WHEN    without a model: a step fails. FAULT: raise; always (so do all tha
               kill (the process ends in it); wait (it and all that follow wait until the path is gone). WHEN: the
               number of the step, warm-up included (2), or a path: the first step that finds it there
 say TEXT      without a model: every answer is this text, a byte for each token, over and over
+marked        without a model: fails where the first token of a prompt says so (QUEUE, PLAN, STEP); after every step
+              the scheduler's invariants are checked
 """
 
 import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from omniserve.base.types import Step, StepResult
+from omniserve.base.types import Output, Request, Step, StepResult
 from omniserve.engine.engine import Engine, Executor, Handle
 from omniserve.engine.process import Link, Ready, Start, described, load_engine, work
 
@@ -47,11 +50,49 @@ def load(kind: str, start: Start, link: Link) -> tuple[Engine, Ready]:
         built = build(start.model, start.options, dtype="float64")
         return built.engine, described(built)
     engine, ready = load_engine(start, link)
-    if word == "say":
+    if word == "marked":
+        mark(engine)
+    elif word == "say":
         engine.executor = Parrot(engine.executor, when)
-        return engine, ready
-    engine.executor = Faulty(engine.executor, word, when)
+    else:
+        engine.executor = Faulty(engine.executor, word, when)
     return engine, ready
+
+
+QUEUE, PLAN, STEP = 250, 251, 252
+
+
+def mark(engine: Engine) -> None:
+    """Make an engine fail at marked requests."""
+    scheduler = engine.scheduler
+    add, reserve, submit, step = scheduler.add, scheduler.cache.reserve, engine.executor.submit, engine.step
+
+    def fail_at(mark: int, tokens: Sequence[int]) -> None:
+        if tokens and tokens[0] == mark:
+            raise RuntimeError("a fault at /secret/path 0xdeadbeef")
+
+    def marked_add(request: Request) -> None:
+        fail_at(QUEUE, request.tokens)
+        add(request)
+
+    def marked_reserve(request: Request, count: int) -> bool:
+        fail_at(PLAN, request.tokens)
+        return reserve(request, count)
+
+    def marked_submit(planned: Step) -> Handle:
+        for each in planned.works:
+            fail_at(STEP, each.new_tokens)
+        return submit(planned)
+
+    def checked_step() -> list[Output]:
+        outputs = step()
+        scheduler.check()
+        return outputs
+
+    scheduler.add = marked_add  # type: ignore[method-assign]
+    scheduler.cache.reserve = marked_reserve  # type: ignore[method-assign]
+    engine.executor.submit = marked_submit  # type: ignore[method-assign]
+    engine.step = checked_step  # type: ignore[method-assign]
 
 
 class Faulty:

@@ -1,7 +1,7 @@
 """A server with what the command line does not offer: `python -m tests.server.program JSON`.
 
 Keys: model, options, server (with limits), null (seconds of a step without a model), engine (a kind of
-tests.server.engines), log (level), json.
+tests.server.engines), faults (true: those of tests.server.faults), log (level), json.
 """
 
 import asyncio
@@ -16,12 +16,15 @@ from omniserve.base.serving import server_options
 from omniserve.engine.process import Null
 from omniserve.server.run import configure_log, serve
 from omniserve.server.service import Service
+from tests.server import faults
 from tests.server.engines import command, no_pickle
 
 
 def main(settings: dict[str, Any]) -> int:
     sys.addaudithook(no_pickle)
     configure_log(settings.get("log", "info"), as_json=settings.get("json", False))
+    if settings.get("faults"):
+        faults.install()
     null = settings.get("null")
     engine = settings.get("engine")
     service = Service(
