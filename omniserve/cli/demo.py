@@ -5,19 +5,20 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from omniserve.base.config import GROUP, Options, Precision
-from omniserve.base.errors import CheckpointError
+from omniserve.base.errors import CheckpointError, ConfigError
 from omniserve.base.numbers import human_bytes
+from omniserve.base.serving import ServerOptions
 from omniserve.base.types import SamplingParams
 from omniserve.cli import machine
 from omniserve.cli.answer import Answer, collect
-from omniserve.cli.flags import NO_FLAGS, Common, settings
+from omniserve.cli.flags import NO_FLAGS, Common
 from omniserve.cli.loading import kernels, leaving_at_once, need_torch
 from omniserve.cli.models import (
     SMOLLM2,
@@ -29,10 +30,13 @@ from omniserve.cli.models import (
 )
 from omniserve.cli.output import Bars, piece, result, say, table
 from omniserve.cli.quantize import make
+from omniserve.cli.serve import ServerFlags, serve_until_stopped
+from omniserve.cli.serve import settings as serve_settings
 
 if TYPE_CHECKING:
     from omniserve import LLM
 
+NO_SERVER_FLAGS = ServerFlags()
 QUESTION = "What is the capital of France, and what is it known for?"
 SHOWN = "w4a8kv4"
 COMPARED = ("w16a16kv16", "w8a8kv8", SHOWN)
@@ -47,6 +51,8 @@ def demo(
     *,
     yes: Annotated[bool, Parameter(negative="")] = False,
     download_dir: Path | None = None,
+    serve: Annotated[bool, Parameter(negative="")] = False,
+    server: ServerFlags = NO_SERVER_FLAGS,
     common: Common = Common(),  # noqa: B008  # frozen
 ) -> None:
     """See a small model answer in 4 bits, and what each precision costs; fetches it (98 MB) and calibrates it once.
@@ -57,12 +63,25 @@ def demo(
         Fetch the model without asking.
     download_dir
         Folder of the model and of its 4-bit checkpoint; default: ~/.cache/omniserve/models.
+    serve
+        Instead of the table start a server with the 4-bit model; takes the flags of `omniserve serve`.
     """
     need_torch()
-    options = replace(settings(NO_FLAGS, common), group_size=None, max_num_seqs=1)
+    if not serve and server != NO_SERVER_FLAGS:
+        name = next(
+            one.name for one in fields(server) if getattr(server, one.name) != getattr(NO_SERVER_FLAGS, one.name)
+        )
+        raise ConfigError(f"--{name.replace('_', '-')} goes with --serve")
+    options, serving = serve_settings(server, NO_FLAGS, common)
+    options = replace(options, precision="auto", group_size=None)
     path = _model(download_dir or model_directory(), ask=not yes and sys.stdin.isatty())
     result(f"{SMOLLM2}: {SMOLLM2_BYTES / 1e6:.0f} MB, licence {SMOLLM2_LICENCE}\n  {path}")
     calibrated = _calibrated(path, download_dir or model_directory())
+    if serve:
+        names = serving.served_model_name or (path.name.partition(".")[0],)
+        serving = replace(serving, served_model_name=names)
+        serve_until_stopped(str(calibrated), options, serving, on_ready=lambda address: _try_it(address, serving))
+    options = replace(options, max_num_seqs=1)
     with _engine(calibrated, options, "auto") as llm:
         _facts(llm)
         result(f"\n> {QUESTION}\n")
@@ -159,12 +178,31 @@ def _row(llm: "LLM") -> list[str]:
     ]
 
 
+def _program() -> str:
+    return "omniserve" if Path(sys.argv[0]).name == "omniserve" else "python -m omniserve"
+
+
+def _try_it(address: str, serving: ServerOptions) -> None:
+    """Say how to talk with the server, in lines to paste."""
+    key = ' -H "Authorization: Bearer $OMNISERVE_API_KEY"' if serving.api_key else ""
+    path = address.removeprefix("unix:")
+    where = address if path == address else f"--unix-socket {shlex.quote(path)} http://localhost"
+    body = '{"messages": [{"role": "user", "content": "Is water wet?"}], "max_tokens": 64}'
+    say(f"  curl {where}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
+    if path == address:
+        say(f"  {_program()} chat --url {address}/v1")
+        say(f"  {_program()} top --url {address}/v1")
+        if serving.ui:
+            say(f"  {address}/ in a browser")
+
+
 def _next_steps(path: Path) -> None:
     where = shlex.quote(str(path))
-    program = "omniserve" if Path(sys.argv[0]).name == "omniserve" else "python -m omniserve"
+    program = _program()
     result("\nGo on with")
     for line in (
         f"chat {where} --stats",
+        f"serve {where}",
         f"generate {where} --prompt 'Once upon a time' --precision w8a8kv8 --json",
         f"bench throughput {where} --batch 1,8",
         "doctor",

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal, NoReturn
 
@@ -85,6 +86,21 @@ def serve(
     """
     if server.scheduling_policy == "priority":
         raise ConfigError("scheduling_policy=priority: this version serves in order of arrival (fcfs) only")
+    options, serving = settings(server, engine, common)
+    serve_until_stopped(model, options, serving)
+
+
+def serve_until_stopped(
+    model: str | None,
+    options: Options,
+    serving: ServerOptions,
+    *,
+    on_ready: Callable[[str], None] = lambda address: None,
+) -> NoReturn:
+    """Serve until a signal or the engine's death, then end the process with the code for it.
+
+    on_ready  called with the address once requests are taken in
+    """
     with leaving_at_once():
         from omniserve.base.config import check_model
         from omniserve.client import LoadError
@@ -92,7 +108,6 @@ def serve(
         from omniserve.server.run import serve as run
         from omniserve.server.service import Service
     need_torch()
-    options, serving = settings(server, engine, common)
     check_model(model, options)
     configure_log(serving.log_level, as_json=serving.log_json)
     if not (serving.loopback or serving.uds or serving.api_key):
@@ -107,6 +122,7 @@ def serve(
                 warn(sentence)
             if not serving.log_json:
                 say(f"Ready on {address} (page, docs, metrics); model {service.names[0]}")
+            on_ready(address)
 
         service = Service(model, options, serving, on_progress=bars.update)
         try:
