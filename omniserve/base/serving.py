@@ -78,6 +78,7 @@ class ServerOptions:
     max_num_queued_tokens: int | None = None
     log_level: str = "info"
     log_json: bool = False
+    otlp_traces_endpoint: str | None = None
     limits: ServerLimits = field(default_factory=ServerLimits)
 
     @property

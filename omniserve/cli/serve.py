@@ -52,6 +52,8 @@ class ServerFlags:
         Order in which requests are served: fcfs.
     log_json
         Log one JSON object per line.
+    otlp_traces_endpoint
+        Send spans of requests to this OTLP collector by HTTP, such as http://127.0.0.1:4318/v1/traces.
     """
 
     host: str | None = None
@@ -67,6 +69,7 @@ class ServerFlags:
     max_num_queued_tokens: Whole | None = None
     scheduling_policy: Literal["fcfs", "priority"] | None = None
     log_json: Annotated[bool | None, Parameter(negative="")] = None
+    otlp_traces_endpoint: str | None = None
 
 
 def serve(

@@ -123,6 +123,7 @@ class Reply:
 
     on_first, on_gap, on_end  are told of a continuation's first token, the seconds before later ones, and its end
     abort                     drops requests of the engine
+    traceparent               of the request, for spans (`tracing.py`)
     wake                      is set when there is something to read: pieces, the end, an error, a ping to send
     """
 
@@ -139,6 +140,7 @@ class Reply:
     engine_stats: bool = False
     echo: bool = False
     logprobs: int | None = None
+    traceparent: str | None = None
     id: str = field(init=False)
     created: int = field(default_factory=lambda: int(time.time()))
     arrival: float = field(default_factory=time.monotonic)

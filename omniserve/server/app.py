@@ -171,6 +171,8 @@ def _key(request: Request) -> str | None:
 async def _send(reply: Reply, form: Form, request: Request) -> Response:
     """Return the answer to a request that the engine has: its stream, or all of it once it is complete."""
 
+    reply.traceparent = request.headers.get("traceparent")
+
     def note() -> None:
         request.scope["state"]["log"].update(_log_of(reply))
 

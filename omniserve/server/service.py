@@ -20,6 +20,7 @@ from omniserve.server.errors import LONGEST_RETRY, ApiError
 from omniserve.server.limits import Queue, Rates
 from omniserve.server.metrics import Metrics
 from omniserve.server.protocol import Sampling
+from omniserve.server.tracing import tracing
 
 if TYPE_CHECKING:
     from omniserve.text import Tokenizer
@@ -57,6 +58,7 @@ class Service:
         self.created = int(time.time())
         self.metrics = Metrics(self.names[0], server.metrics_prefix)
         self.queue = Queue(server.max_num_queued_reqs, server.max_num_queued_tokens)
+        self.tracing = tracing(server.otlp_traces_endpoint)
         self.rates = Rates(server.limits.key_requests_per_minute)
         self.engine = AsyncEngine(
             model,
@@ -138,6 +140,8 @@ class Service:
         if self._ticking is not None:
             self._ticking.cancel()
         await self.engine.close()
+        if self.tracing is not None:
+            await self.tracing.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     # What requests need
@@ -339,6 +343,8 @@ class Service:
         self.metrics.ended(choice)
         if not choice.reply.open:
             self.replies.discard(choice.reply)
+            if self.tracing is not None:
+                self.tracing.ended(choice.reply)
 
     async def _tick(self) -> None:
         """Once a second: answers that wait too long fail, silent streams are told that they live."""

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import tiny
+from tests.cli.conftest import run, tiny
 from tests.server.harness import Server, program
 
-__all__ = ["tiny"]
+__all__ = ["run", "tiny"]
 
 
 @pytest.fixture(scope="session")
