@@ -23,11 +23,15 @@ import msgspec
 from omniserve.base import log
 from omniserve.base.config import Options
 from omniserve.base.errors import OmniserveError, RequestError
-from omniserve.base.types import Output, SamplingParams
+from omniserve.base.structured import StructuredOutputs
+from omniserve.base.types import FAULTS, Fault, Output, SamplingParams
 from omniserve.engine.process import (
+    COMPILING,
     START,
     Abort,
     Add,
+    Compile,
+    Compiled,
     Failed,
     Frames,
     FromEngine,
@@ -41,6 +45,7 @@ from omniserve.engine.process import (
     Start,
     Stop,
     View,
+    Words,
     frame,
 )
 
@@ -48,6 +53,8 @@ Sink = Callable[[Output | Exception], None]
 """Takes what comes for one request: outputs, the last of which has a finish reason, or one exception instead."""
 
 WATCHDOG_SECONDS = 60.0
+COMPILE_SECONDS = 2.0
+"""Time for the grammar of a form."""
 _LAST_WORDS_SECONDS = 5.0
 _STOP_SECONDS = 1.0
 _BUFFER = 256
@@ -62,6 +69,10 @@ class EngineDeadError(Exception):
 
 class StepError(Exception):
     """The step that a request was part of has failed; other requests go on."""
+
+
+class LogitsError(Exception):
+    """The model's logits for this request were not finite numbers; other requests go on."""
 
 
 class LoadError(Exception):
@@ -110,6 +121,9 @@ class AsyncEngine:
         self._ended = asyncio.Event()
         self._watch: asyncio.Task[None] | None = None
         self._sinks: dict[str, Sink] = {}
+        self._words: asyncio.Task[None] | None = None
+        self._compiling: dict[str, asyncio.Future[str | None]] = {}
+        self._turns = asyncio.Semaphore(COMPILING)
         self._numbers = itertools.count()
         self._busy = False
         self._heard = 0.0
@@ -231,6 +245,43 @@ class AsyncEngine:
         self._sinks[request.id] = sink
         self._send(request)
 
+    async def compile(self, form: StructuredOutputs, words: Callable[[], Words]) -> None:
+        """Have the engine make a form ready; requests may then have it.
+
+        words  returns the vocabulary; called once, in a thread
+        Raises RequestError for a form that allows nothing or takes too long, EngineDeadError.
+        """
+        if self._words is None or (self._words.done() and self._words.exception() is not None):
+            self._words = asyncio.create_task(self._learn(words))
+        await asyncio.shield(self._words)
+        await self._turns.acquire()
+        answer = self._ask(form)
+        answer.add_done_callback(lambda _: self._turns.release())
+        done, _ = await asyncio.wait({answer}, timeout=COMPILE_SECONDS)
+        if not done:
+            raise RequestError(
+                f"structured_outputs: making a grammar of it took more than {COMPILE_SECONDS:g} s; make it simpler"
+            )
+        self._judge(answer)
+
+    async def _learn(self, words: Callable[[], Words]) -> None:
+        self._send(await asyncio.to_thread(words))
+        answer = self._ask(None)
+        await asyncio.wait({answer})
+        self._judge(answer)
+
+    def _ask(self, form: StructuredOutputs | None) -> "asyncio.Future[str | None]":
+        if self.dead is not None:
+            raise EngineDeadError(self.dead)
+        name = self.name()
+        self._compiling[name] = asyncio.get_running_loop().create_future()
+        self._send(Compile(name, form))
+        return self._compiling[name]
+
+    def _judge(self, answer: "asyncio.Future[str | None]") -> None:
+        if (sentence := answer.result()) is not None:
+            raise EngineDeadError(self.dead) if self.dead is not None else RequestError(sentence)
+
     def abort(self, ids: Iterable[str]) -> None:
         """Drop requests: nothing comes for them any more. Those that have ended are none of its business."""
         gone = [name for name in ids if self._sinks.pop(name, None) is not None]
@@ -252,11 +303,13 @@ class AsyncEngine:
         stop_ids: Iterable[int] = (),
         bad_words: Iterable[Sequence[int]] = (),
         salt: bytes = b"",
+        priority: int = 0,
     ) -> AsyncIterator[Output]:
         """Continue a prompt, yielding outputs as they come; closing the iterator, or cancelling, aborts.
 
         limit  most tokens to produce; default: `params.max_tokens`, else the rest of the context
-        A reader that is slow gets several outputs as one. Raises RequestError, StepError or EngineDeadError.
+        A reader that is slow gets several outputs as one. Raises RequestError, LogitsError, StepError or
+        EngineDeadError.
         """
         assert self.ready is not None, "not started"
         request = Add(
@@ -268,6 +321,7 @@ class AsyncEngine:
             bad_words=tuple(map(tuple, bad_words)),
             prompt_logprobs=params.prompt_logprobs is not None,
             salt=salt,
+            priority=priority,
         )
         outputs = _Outputs()
         self.submit(request, outputs.put)
@@ -310,6 +364,9 @@ class AsyncEngine:
             case Refused(name, sentence, user):
                 if sink := self._sinks.pop(name, None):
                     sink(RequestError(sentence) if user else StepError(sentence))
+            case Compiled(name, error):
+                if (answer := self._compiling.pop(name, None)) is not None:
+                    answer.set_result(error)
             case Said(level, text):
                 _ENGINE_LOG.log(level, "%s", text)
             case Progress(phase, done, total):
@@ -329,8 +386,13 @@ class AsyncEngine:
             if sink := self._sinks.get(output.request):
                 sink(output)
         elif sink := self._sinks.pop(output.request, None):
-            # who aborts a request takes its sink away first: this abort is the engine's own
-            sink(StepError("the step that this request was part of has failed") if output.finish == "abort" else output)
+            if output.finish == "error":
+                assert output.fault is not None, output
+                sink(_error(output.fault))
+            elif output.finish == "abort":  # who aborts a request takes its sink away first: this is the engine's own
+                sink(StepError("the step that this request was part of has failed"))
+            else:
+                sink(output)
 
     def _lost(self) -> None:
         """The socket was closed."""
@@ -348,6 +410,9 @@ class AsyncEngine:
         sinks, self._sinks = self._sinks, {}
         for sink in sinks.values():
             sink(EngineDeadError(why))
+        compiling, self._compiling = self._compiling, {}
+        for answer in compiling.values():
+            answer.set_result(why)
         self._ended.set()
 
     async def _watchdog(self) -> None:
@@ -365,6 +430,10 @@ class AsyncEngine:
                 await asyncio.wait_for(self._process.wait(), _LAST_WORDS_SECONDS)
             except TimeoutError:
                 self._process.kill()
+
+
+def _error(fault: Fault) -> Exception:
+    return LogitsError(FAULTS[fault]) if fault == "logits" else RequestError(FAULTS[fault])
 
 
 class _Outputs:

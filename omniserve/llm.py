@@ -15,6 +15,7 @@ from omniserve.base.environment import options_from_environment
 from omniserve.base.errors import OmniserveError, RequestError
 from omniserve.base.spec import ModelSpec
 from omniserve.base.types import (
+    FAULTS,
     FinishReason,
     Logprob,
     Output,
@@ -25,6 +26,7 @@ from omniserve.base.types import (
     check_prompt,
 )
 from omniserve.engine.build import LoadProgress, MemoryPlan, build
+from omniserve.engine.grammar import Grammars
 from omniserve.generation import Answer, Checked, check, generation_defaults, seeded
 from omniserve.ops.dispatch import choices
 from omniserve.text import Tokenizer
@@ -32,6 +34,7 @@ from omniserve.text import Tokenizer
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, str]]
 Progress = Callable[[int, int], None]
+Value = TypeVar("Value", int, SamplingParams)
 Key = TypeVar("Key")
 """What `LLM.run` hands back beside a result, so that its caller knows whose it is."""
 TokenOptions = Mapping[int, Logprob]
@@ -44,6 +47,7 @@ class CompletionOutput:
 
     index     place among the prompt's n continuations
     logprobs  for each token what `SamplingParams.logprobs` asks for; None if it asks for nothing
+    error     what went wrong, where finish_reason is "error": this continuation ended early, others did not
     """
 
     text: str
@@ -51,6 +55,7 @@ class CompletionOutput:
     finish_reason: FinishReason
     index: int = 0
     logprobs: tuple[TokenOptions, ...] | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +83,7 @@ class Delta:
     usage: Usage | None = None
     index: int = 0
     logprobs: tuple[TokenOptions, ...] | None = None
+    error: str | None = None
 
 
 class _Open:
@@ -90,6 +96,7 @@ class _Open:
         self.logprobs: list[TokenLogprobs] = []
         self.prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
         self.usage: Usage | None = None
+        self.error: str | None = None
         self._answer = Answer(request.sampling, request.stop_ids, tokenizer)
 
     @property
@@ -108,6 +115,7 @@ class _Open:
         self.logprobs += output.logprobs
         self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs
         self.usage = output.usage
+        self.error = None if output.fault is None else FAULTS[output.fault]
         return self._answer.take(output)
 
 
@@ -163,6 +171,7 @@ class LLM:
         self.warnings: tuple[str, ...] = built.warnings
         longest = 16 * built.config.limits.max_model_len
         self.tokenizer = Tokenizer.load(built.source, options.chat_template, max_prompt_bytes=longest)
+        self._grammars = Grammars(self.tokenizer.as_json, sorted(self.tokenizer.eos_ids), self.spec.vocab)
         self._defaults = generation_defaults(built.source.path)
 
     def default_params(self) -> SamplingParams:
@@ -181,17 +190,22 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        priority: int | Sequence[int] = 0,
         on_progress: Progress | None = None,
     ) -> list[RequestOutput]:
         """Continue prompts (texts or lists of token ids) and return the results in their order.
 
-        params  one for all or one for each; None: `default_params`
+        params    one for all or one for each; None: `default_params`
+        priority  one for all or one for each: smaller ones are served first (with scheduling_policy="priority")
         Raises RequestError for a prompt that cannot be served; then none of them runs.
         """
         many = _listed(prompts)
         each = _each(self.default_params() if params is None else params, len(many))
         checked = {key: self._check(one) for key, one in {id(one): one for one in each}.items()}
-        groups = [self._open(prompt, checked[id(one)]) for prompt, one in zip(many, each, strict=True)]
+        urgent = _each(priority, len(many))
+        groups = [
+            self._open(prompt, checked[id(one)], number) for prompt, one, number in zip(many, each, urgent, strict=True)
+        ]
         return self._run(groups, on_progress)
 
     def chat(
@@ -307,7 +321,7 @@ class LLM:
     def _check(self, params: SamplingParams) -> Checked:
         return check(params, self.tokenizer, self.spec.vocab)
 
-    def _open(self, prompt: Prompt, checked: Checked) -> _Group:
+    def _open(self, prompt: Prompt, checked: Checked, priority: int = 0) -> _Group:
         text = prompt if isinstance(prompt, str) else None
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         check_prompt(ids, self.spec.vocab)
@@ -318,6 +332,8 @@ class LLM:
                 "must be left for the answer; shorten the prompt"
             )
         params = checked.params
+        form = params.structured_outputs
+        grammar = None if form is None else self._grammars.compile(form)
         members: list[_Open] = []
         for index in range(params.n):
             request = Request(
@@ -330,6 +346,8 @@ class LLM:
                 limit=min(params.max_tokens or room, room),
                 reduce="logprobs" if params.prompt_logprobs is not None and index == 0 else None,
                 leader=members[0].request if members else None,
+                grammar=grammar,
+                priority=priority,
             )
             members.append(_Open(request, index, self.tokenizer))
         return _Group(prompt=text, members=members)
@@ -371,6 +389,7 @@ class LLM:
                     finish_reason=member.finish,
                     index=member.index,
                     logprobs=self._shown(member.request.sampling, member.logprobs),
+                    error=member.error,
                 )
             )
         first = group.members[0]
@@ -434,6 +453,7 @@ class LLM:
             usage=None if member.finish is None else member.usage,
             index=member.index,
             logprobs=self._shown(member.request.sampling, output.logprobs),
+            error=member.error,
         )
 
     def _step(self) -> list[Output]:
@@ -471,9 +491,11 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return cast(list[Prompt], [prompts] if one else list(prompts))
 
 
-def _each(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    if len(params) != count:
-        raise RequestError(f"{len(params)} sampling parameters for {count} prompts: give one, or one for each")
-    return list(params)
+def _each(given: Value | Sequence[Value], count: int) -> list[Value]:
+    """Return one for each prompt."""
+    if not isinstance(given, Sequence):
+        return [given] * count
+    if len(given) != count:
+        what = "priorities" if given and isinstance(given[0], int) else "sampling parameters"
+        raise RequestError(f"{len(given)} {what} for {count} prompts: give one, or one for each")
+    return list(given)

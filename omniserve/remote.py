@@ -188,6 +188,7 @@ class Chunk:
 
     text: str
     token_ids: tuple[int, ...] = ()
+    error: str | None = None
     finish_reason: str | None = None
     usage: Usage | None = None
 

@@ -119,6 +119,10 @@ class Tokenizer:
             return _from_gguf(source, template, max_prompt_bytes)
         return _from_folder(source.path, source.config, template, max_prompt_bytes)
 
+    def as_json(self) -> str:
+        """Return the text of a tokenizer.json with this vocabulary, for libraries that look at its tokens."""
+        return self._core.to_str()
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Return the token ids of `text`; special tokens written out in it become tokens.
 

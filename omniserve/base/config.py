@@ -113,6 +113,11 @@ class Options:
     kv_cache_memory_bytes: int | None = option(None, "memory of the KV pages in bytes; default: what is free")
     enable_prefix_caching: bool = option(True, "reuse the pages of equal prefixes")
     async_scheduling: bool | None = option(None, "plan the next step while the last one runs; default: on a GPU only")
+    scheduling_policy: str = option(
+        "fcfs",
+        "order in which requests are served: of arrival, or of the field priority (the smaller first), then of arrival",
+        choices=("fcfs", "priority"),
+    )
     seed: int = option(0, "seeds requests that bring no seed of their own")
 
 
@@ -145,6 +150,7 @@ class EngineConfig:
     cache: CacheLimits
     overlap: bool
     seed: int
+    policy: Literal["fcfs", "priority"] = "fcfs"
 
 
 def resolve(
@@ -194,6 +200,7 @@ def resolve(
         cache=CacheLimits(memory_bytes=memory, prefix_caching=options.enable_prefix_caching),
         overlap=not cpu if options.async_scheduling is None else options.async_scheduling,
         seed=options.seed,
+        policy="priority" if options.scheduling_policy == "priority" else "fcfs",
     )
 
 

@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Any, Literal
 
 from omniserve.base.errors import RequestError
+from omniserve.base.structured import Grammar, StructuredOutputs
 
 PAGE = 64
 """Tokens of a page. It is the format, not a setting (formats.md)."""
@@ -20,7 +21,17 @@ Reduce = Reducer | Literal["logprobs"]
 logprobs  log-probabilities of the prompt's tokens, which come back with the step's result
 """
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+Fault = Literal["logits", "nothing", "grammar"]
+"""Why one request of a step fails, and no other one: see `FAULTS`."""
+
+FAULTS: Mapping[Fault, str] = {
+    "logits": "the model's logits for this request are not finite numbers",
+    "grammar": "structured_outputs: the grammar needs more time or memory than it may have; make it simpler",
+    "nothing": "the request leaves no token that may be drawn: allow another one",
+}
+"""What is said to who asked."""
 
 COLDEST = 1e-5
 """A temperature below this one is greedy, as in vLLM."""
@@ -54,6 +65,7 @@ class SamplingParams:
                         whether the text holds what stopped it, and lacks special tokens
     logprobs            how many of the likeliest tokens are listed beside each produced one (0: it alone); None is off
     prompt_logprobs     the same for the prompt's tokens
+    structured_outputs  the form of the text; where nothing may follow any more the answer ends, whatever min_tokens is
 
     Raises RequestError with what was given and what is allowed.
     """
@@ -79,8 +91,10 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
+        _check_form(self)
         _check_numbers(self)
         _check_lists(self)
 
@@ -149,6 +163,15 @@ def _check_lists(params: SamplingParams) -> None:
     need.that(all(_finite(v) and -100 <= v <= 100 for v in bias.values()), "logit_bias", allowed)
     need.that(len(bias) <= 1024, "logit_bias", f"at most 1024 ids, not {len(bias)}")
     object.__setattr__(params, "logit_bias", dict(bias))
+
+
+def _check_form(params: SamplingParams) -> None:
+    """Make what describes a form one."""
+    form: object = params.structured_outputs
+    if isinstance(form, Mapping):
+        object.__setattr__(params, "structured_outputs", StructuredOutputs.of(form))
+    elif form is not None:
+        _Need(params).that(isinstance(form, StructuredOutputs), "structured_outputs", "StructuredOutputs or None")
 
 
 class _Need:
@@ -228,8 +251,10 @@ class Request:
     stop_ids    tokens that end the request (end of sequence and the user's)
     bad_words   token sequences that are not produced
     limit       largest number of produced tokens
+    grammar     what the produced text must follow, None for anything
     reduce      positions' logits are wanted, for this; nothing is sampled when limit is 0
-    leader      an earlier request with the same prompt, whose pages this one waits for
+    leader      an earlier request with the same prompt and priority, whose pages this one waits for
+    priority    smaller ones are served first and preempted last; number: how many requests arrived before
     scored      prompt tokens whose logits steps were asked for: after a preemption they are not asked for again
     cached      tokens found in the prefix cache at the first start
     prompt_logprobs
@@ -243,9 +268,12 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     bad_words: tuple[tuple[int, ...], ...] = ()
     limit: int = 16
+    grammar: Grammar | None = None
     reduce: Reduce | None = None
     leader: "Request | None" = None
     salt: bytes = b""
+    priority: int = 0
+    number: int = 0
     arrival: float = 0.0
     issued: int = 0
     computed: int = 0
@@ -259,6 +287,11 @@ class Request:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     preemptions: int = 0
     finish: FinishReason | None = None
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """The smaller one is served first."""
+        return self.priority, self.number
 
     @property
     def known(self) -> int:
@@ -288,6 +321,7 @@ class Admission:
     history    the tokens known so far, prompt and produced, if something is counted or looked up in them; else empty
     stop_ids   tokens that are not drawn before `sampling.min_tokens`
     bad_words  token sequences that are not produced
+    grammar    what the produced text must follow; of this process, like a reducer
     """
 
     sampling: SamplingParams
@@ -297,6 +331,7 @@ class Admission:
     history: tuple[int, ...] = ()
     stop_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -351,11 +386,15 @@ class StepResult:
 
     tokens           the tokens drawn; logprobs: how likely they were, where that was asked for
     prompt_logprobs  how likely the prompt's tokens were, of the positions that the step scored
+    faults           requests that fail, and why; no token of theirs was drawn
+    complete         requests whose grammar lets nothing follow the token drawn
     """
 
     tokens: dict[str, int] = field(default_factory=dict)
     logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+    faults: dict[str, Fault] = field(default_factory=dict)
+    complete: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -373,6 +412,7 @@ class Output:
 
     logprobs         of the new tokens, if they were asked for; else empty
     prompt_logprobs  of the prompt's tokens after the first, once, with the first output of a request that wants them
+    fault            why the request failed, with the finish reason "error"
     """
 
     request: str
@@ -381,6 +421,7 @@ class Output:
     usage: Usage
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    fault: Fault | None = None
 
 
 def check_prompt(ids: Sequence[int], vocab: int) -> None:

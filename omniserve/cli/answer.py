@@ -31,6 +31,8 @@ class Said(Protocol):
     def finish_reason(self) -> str | None: ...  # noqa: D102
     @property
     def usage(self) -> Usage | None: ...  # noqa: D102
+    @property
+    def error(self) -> str | None: ...  # noqa: D102
 
 
 @Parameter(name="*", group=SAMPLING)
@@ -123,6 +125,8 @@ def collect(
                     write(delta.text)
             answer.finish_reason = delta.finish_reason or answer.finish_reason
             answer.usage = delta.usage or answer.usage
+            if delta.error is not None:
+                raise RuntimeError(delta.error)
             if stop():
                 answer.finish_reason = "abort"
                 break

@@ -311,6 +311,8 @@ def _answered(asked: Asked, outcome: "RequestOutput") -> dict[str, object]:
     each: list[dict[str, object]] = []
     for one in outcome.outputs:
         each.append({"text": one.text, "finish_reason": one.finish_reason})
+        if one.error is not None:
+            each[-1]["error"] = one.error
         if with_ids:
             each[-1]["token_ids"] = list(one.token_ids)
         if one.logprobs is not None:

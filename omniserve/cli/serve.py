@@ -4,12 +4,11 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, NoReturn
 
 from cyclopts import Group, Parameter
 
 from omniserve.base.config import Options
-from omniserve.base.errors import ConfigError
 from omniserve.base.serving import NAMES, ServerOptions
 from omniserve.cli.flags import NO_FLAGS, Common, EngineFlags, Whole, layers, server_layers
 from omniserve.cli.loading import leaving_at_once, need_torch
@@ -48,8 +47,6 @@ class ServerFlags:
         Sequences that may wait and run (default 1024); more are answered with 503.
     max_num_queued_tokens
         Prompt tokens that may wait for their first token; default: no limit.
-    scheduling_policy
-        Order in which requests are served: fcfs.
     log_json
         Log one JSON object per line.
     otlp_traces_endpoint
@@ -67,7 +64,6 @@ class ServerFlags:
     shutdown_timeout: float | None = None
     max_num_queued_reqs: Whole | None = None
     max_num_queued_tokens: Whole | None = None
-    scheduling_policy: Literal["fcfs", "priority"] | None = None
     log_json: Annotated[bool | None, Parameter(negative="")] = None
     otlp_traces_endpoint: str | None = None
 
@@ -87,8 +83,6 @@ def serve(
     model
         A .gguf file, a model folder or a name on huggingface.co.
     """
-    if server.scheduling_policy == "priority":
-        raise ConfigError("scheduling_policy=priority: this version serves in order of arrival (fcfs) only")
     options, serving = settings(server, engine, common)
     serve_until_stopped(model, options, serving)
 

@@ -213,7 +213,7 @@ def make_engine(
     cache = CacheManager(
         {kind: PagePool(store.pages) for kind in policy.kinds}, prefix_caching=config.cache.prefix_caching
     )
-    scheduler = Scheduler(limits, cache, seed=config.seed)
+    scheduler = Scheduler(limits, cache, seed=config.seed, priorities=config.policy == "priority")
     executor = LocalExecutor(runner, reference=config.backend == "reference")
     return Engine(scheduler, executor, overlap=config.overlap), runner, store
 

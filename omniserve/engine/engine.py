@@ -67,7 +67,11 @@ class Engine:
             ahead = 1 if step.works and not step.sync and self.overlap else 0
             while len(self._flight) > ahead:
                 issued, handle = self._flight.popleft()
-                self._outputs += self.scheduler.commit(issued, handle.result())
+                landed = self.scheduler.commit(issued, handle.result())
+                for output in landed:
+                    if output.fault is not None:
+                        _LOG.error("request failed %s", log.fields(request=output.request, fault=output.fault))
+                self._outputs += landed
         except BaseException:
             self._abandon()
             raise

@@ -8,6 +8,7 @@ server's words too.
 import faulthandler
 import logging
 import os
+import queue
 import select
 import socket
 import struct
@@ -15,19 +16,22 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
 from omniserve.base import log
 from omniserve.base.config import EngineConfig, Options, resolve
-from omniserve.base.errors import OmniserveError
+from omniserve.base.errors import OmniserveError, RequestError
 from omniserve.base.spec import Device, ModelSpec
+from omniserve.base.structured import Grammar, StructuredOutputs
 from omniserve.base.types import PAGE, Kind, Output, Request, SamplingParams, Step, StepResult
 
 if TYPE_CHECKING:
     from omniserve.engine.build import Built
     from omniserve.engine.engine import Engine, Executor, Handle
+    from omniserve.engine.grammar import Grammars
 
 START = (
     "import sys; path = sys.argv[1]; sys.path[:] = sys.argv[2:]; from omniserve.engine.process import work; work(path)"
@@ -35,6 +39,9 @@ START = (
 """What `python -c` runs, with the socket's path and the module paths as arguments."""
 DIED = 3
 """Exit code of an engine that cannot go on."""
+
+COMPILING = 2
+"""Forms that are compiled at once."""
 
 _LOG = log.get(__name__)
 _FATAL_FAILURES = 3
@@ -72,6 +79,21 @@ class Add(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     prompt_logprobs: bool = False
     leader: str | None = None
     salt: bytes = b""
+    priority: int = 0
+
+
+class Words(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """The vocabulary, for grammars: the text of a tokenizer.json. Before the first form."""
+
+    tokenizer: str
+    eos_ids: tuple[int, ...]
+
+
+class Compile(msgspec.Struct, tag=True, frozen=True):
+    """A form that a request is about to have; None: only make the vocabulary ready. Answered by Compiled."""
+
+    id: str
+    form: StructuredOutputs | None
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):
@@ -88,7 +110,7 @@ class Look(msgspec.Struct, tag=True, frozen=True):
     """Somebody watches: say what the pages are used for."""
 
 
-ToEngine = Start | Add | Abort | Look | Stop
+ToEngine = Start | Words | Compile | Add | Abort | Look | Stop
 
 
 # Messages from the engine
@@ -145,6 +167,7 @@ class Stats(msgspec.Struct, frozen=True, array_like=True):
     prefix_hits: int
     held: dict[str, int]
     cached: dict[str, int]
+    corrupted: int = 0
 
 
 class Landed(msgspec.Struct, tag=True, frozen=True, kw_only=True):
@@ -179,6 +202,13 @@ class Refused(msgspec.Struct, tag=True, frozen=True):
     user: bool
 
 
+class Compiled(msgspec.Struct, tag=True, frozen=True):
+    """A form is ready, or cannot be: why."""
+
+    id: str
+    error: str | None
+
+
 class Said(msgspec.Struct, tag=True, frozen=True):
     """A line for the log: one process writes it."""
 
@@ -186,7 +216,7 @@ class Said(msgspec.Struct, tag=True, frozen=True):
     text: str
 
 
-FromEngine = Progress | Ready | Failed | Landed | View | Refused | Said
+FromEngine = Progress | Ready | Failed | Landed | View | Refused | Compiled | Said
 
 
 # The wire
@@ -238,18 +268,30 @@ class Link:
         self._out = bytearray()
         self._decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
         self._poll = select.poll()
+        self._woken = os.eventfd(0, os.EFD_NONBLOCK)
+        self._poll.register(self._woken, select.POLLIN)
 
     def send(self, message: msgspec.Struct) -> None:
         """Hand a message over."""
         self._out += frame(message)
         self._flush()
 
+    def wake(self) -> None:
+        """Let `receive` return with what has come, if it waits. For other threads."""
+        os.eventfd_write(self._woken, 1)
+
     def receive(self, *, wait: bool) -> list[ToEngine]:
-        """Return what has come. `wait`: until something comes. Raises EOFError when the other end is gone."""
+        """Return what has come. `wait`: until something comes, or `wake` is called.
+
+        Raises EOFError when the other end is gone.
+        """
         while True:
             if wait or self._out:
                 self._poll.register(self._sock, select.POLLIN | (select.POLLOUT if self._out else 0))
-                self._poll.poll(None if wait else 0)
+                ready = self._poll.poll(None if wait else 0)
+                if any(which == self._woken for which, _ in ready):
+                    os.eventfd_read(self._woken)
+                    wait = False
             self._flush()
             try:
                 data = self._sock.recv(1 << 18)
@@ -348,13 +390,18 @@ def serve(engine: "Engine", link: Link, ready: Ready) -> None:
     engine.executor = observed
     link.send(ready)
     requests: dict[str, Request] = {}
+    grammars = _Compiling(link, ready.vocab)
     failures = 0
     while True:
         aborted = False
         for message in link.receive(wait=not engine.has_work):
             match message:
                 case Add():
-                    _add(engine, message, requests, link)
+                    _add(engine, message, requests, grammars, link)
+                case Words():
+                    grammars.learn(message)
+                case Compile():
+                    grammars.submit(message)
                 case Abort(ids):
                     for name in ids:
                         engine.abort(name)
@@ -367,6 +414,7 @@ def serve(engine: "Engine", link: Link, ready: Ready) -> None:
                     return
                 case Start():
                     raise AssertionError(message)
+        grammars.report()
         outputs: list[Output] = []
         tokens, admitted = 0, list[tuple[str, float]]()
         if engine.has_work:
@@ -389,7 +437,56 @@ def serve(engine: "Engine", link: Link, ready: Ready) -> None:
         link.send(Landed(outputs=outputs, tokens=tokens, admitted=admitted, stats=_stats(engine)))
 
 
-def _add(engine: "Engine", add: Add, requests: dict[str, Request], link: Link) -> None:
+class _Compiling:
+    """Forms on their way to grammars, in threads beside the steps."""
+
+    def __init__(self, link: Link, vocab: int) -> None:
+        self._link = link
+        self._vocab = vocab
+        self._threads = ThreadPoolExecutor(COMPILING, thread_name_prefix="grammar")
+        self._done: queue.SimpleQueue[Compiled] = queue.SimpleQueue()
+        self._grammars: Grammars | None = None
+
+    def learn(self, words: Words) -> None:
+        """Take in the vocabulary."""
+        from omniserve.engine.grammar import Grammars
+
+        self._grammars = Grammars(lambda: words.tokenizer, words.eos_ids, self._vocab)
+
+    def submit(self, wanted: Compile) -> None:
+        """Begin with a form."""
+        self._threads.submit(self._compile, wanted)
+
+    def _compile(self, wanted: Compile) -> None:
+        error = None
+        try:
+            assert self._grammars is not None, "a form before the vocabulary"
+            if wanted.form is None:
+                self._grammars.ready()
+            else:
+                self._grammars.compile(wanted.form)
+        except OmniserveError as refusal:
+            error = str(refusal)
+        except BaseException:  # of the library: whoever waits for the form must hear of it
+            _LOG.error("form not compiled", exc_info=True)
+            error = "structured_outputs: the form could not be compiled"
+        self._done.put(Compiled(wanted.id, error))
+        self._link.wake()
+
+    def report(self) -> None:
+        """Say what is ready."""
+        while not self._done.empty():
+            self._link.send(self._done.get())
+
+    def grammar(self, form: StructuredOutputs) -> Grammar:
+        """Return a form's grammar, which is kept from its compilation. Raises RequestError."""
+        if self._grammars is None:
+            raise RequestError("structured_outputs: the engine has not been told the vocabulary")
+        return self._grammars.compile(form)
+
+
+def _add(engine: "Engine", add: Add, requests: dict[str, Request], grammars: _Compiling, link: Link) -> None:
+    form = add.sampling.structured_outputs
     request = Request(
         id=add.id,
         tokens=add.tokens,
@@ -401,8 +498,11 @@ def _add(engine: "Engine", add: Add, requests: dict[str, Request], link: Link) -
         reduce="logprobs" if add.prompt_logprobs else None,
         leader=None if add.leader is None else requests.get(add.leader),
         salt=add.salt,
+        priority=add.priority,
     )
     try:
+        if form is not None:
+            request.grammar = grammars.grammar(form)
         engine.add(request)
     except OmniserveError as error:
         link.send(Refused(add.id, str(error), user=True))
@@ -424,6 +524,7 @@ def _stats(engine: "Engine") -> Stats:
         prefix_hits=scheduler.stats.prefix_hits,
         held={kind.value: pool.held for kind, pool in pools.items()},
         cached={kind.value: pool.cached for kind, pool in pools.items()},
+        corrupted=scheduler.stats.corrupted,
     )
 
 
@@ -524,7 +625,7 @@ def null_engine(step_seconds: float, options: Options) -> tuple["Engine", Ready]
     )
     pool = PagePool(resolved.cache.memory_bytes // PAGE)
     cache = CacheManager({Kind.RETRIEVAL: pool}, prefix_caching=resolved.cache.prefix_caching)
-    scheduler = Scheduler(resolved.limits, cache, seed=resolved.seed)
+    scheduler = Scheduler(resolved.limits, cache, seed=resolved.seed, priorities=resolved.policy == "priority")
     ready = Ready(
         model="null",
         path="null",

@@ -1,18 +1,21 @@
 """One rank: the model, its pages, and the state of its request slots."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from omniserve.base.types import Admission, Step, StepResult, TokenLogprobs, Work
+from omniserve.base.types import Admission, Fault, Step, StepResult, TokenLogprobs, Work
 from omniserve.engine.assemble import Assembled, Assembler
+from omniserve.engine.grammar import Matchers, Taking
 from omniserve.models.decoder import Decoder, LayerStores
 from omniserve.ops.batch import Workspace
-from omniserve.ops.sample import Logprobs, SampleState, logprobs, sample
+from omniserve.ops.sample import CORRUPTED, EXHAUSTED, Logprobs, SampleState, logprobs, sample
 
+_FAULTS: dict[int, Fault] = {CORRUPTED: "logits", EXHAUSTED: "nothing"}
 SCORE_TILE = 128
 """Positions whose logits a reducer gets at once; bounds the memory of large vocabularies."""
 
@@ -37,24 +40,37 @@ class Listed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawn:
-    """What a step has brought, on the device still: tokens int64 [S] and whose they are, log-probabilities."""
+    """What a step has brought, on the device still: tokens int64 [S] and whose they are, log-probabilities.
+
+    taking  the tokens of requests with a grammar, on their way to the host
+    """
 
     requests: tuple[str, ...] = ()
     tokens: Tensor | None = None
     logprobs: Listed | None = None
     prompt_logprobs: tuple[Listed, ...] = ()
+    taking: Taking | None = None
 
     def result(self) -> StepResult:
         """Wait for the step and return what it brought."""
-        values = [] if self.tokens is None else self.tokens.tolist()
+        drawn = dict(zip(self.requests, [] if self.tokens is None else self.tokens.tolist(), strict=True))
+        faults = {request: _FAULTS[token] for request, token in drawn.items() if token in _FAULTS}
+        complete = frozenset[str]()
+        if self.taking is not None:
+            complete, failed = self.taking.verdicts()
+            faults = {**failed, **faults}
         prompts: defaultdict[str, list[TokenLogprobs]] = defaultdict(list)
         for listed in self.prompt_logprobs:
             for request, entry in listed.entries():
                 prompts[request].append(entry)
+                if not math.isfinite(entry.logprob):
+                    faults[request] = "logits"
         return StepResult(
-            tokens=dict(zip(self.requests, values, strict=True)),
+            tokens={request: token for request, token in drawn.items() if request not in faults},
             logprobs={} if self.logprobs is None else dict(self.logprobs.entries()),
             prompt_logprobs={request: tuple(entries) for request, entries in prompts.items()},
+            faults=faults,
+            complete=complete,
         )
 
 
@@ -77,6 +93,7 @@ class Runner:
         self.stores = stores
         self.assembler = Assembler(slots=slots, max_len=max_len, kinds=kinds, device=device)
         self._sampling = SampleState(slots, spec.vocab, device)
+        self._matchers = Matchers(spec.vocab, device)
         self._logprobs: dict[int, int] = {}  # by slot, how many are asked for
         self._work = Workspace(out=torch.empty(max_step_tokens, spec.heads, spec.head_dim, dtype=dtype, device=device))
         self._scored: dict[int, Admission] = {}
@@ -98,6 +115,7 @@ class Runner:
 
     def _admit(self, slot: int, admission: Admission) -> None:
         self._sampling.set(slot, admission)
+        self._matchers.set(slot, admission)
         wanted = admission.sampling.logprobs
         if wanted is None:
             self._logprobs.pop(slot, None)
@@ -146,12 +164,15 @@ class Runner:
         slots = [work.slot for work, _ in drawing]
         logits = self.model.logits(hidden[ends])
         rows = self._sampling.rows(slots, [work.start + work.count for work, _ in drawing])
-        tokens = sample(logits, rows)
-        self._sampling.note(rows, tokens)
-        self.assembler.last_token[torch.tensor(slots, device=device)] = tokens
+        masked = self._matchers.rows(slots)
+        tokens = sample(logits, rows if masked is None else replace(rows, masked=masked))
+        valid = tokens.clamp(min=0)  # what fails may have a row in the next step all the same
+        self._sampling.note(rows, valid)
+        self.assembler.last_token[torch.tensor(slots, device=device)] = valid
         requests = tuple(work.request for work, _ in drawing)
-        listed = self._of_draws(requests, slots, logits, tokens)
-        return Drawn(requests=requests, tokens=tokens, logprobs=listed, prompt_logprobs=scored)
+        taking = self._matchers.note(requests, slots, tokens)
+        listed = self._of_draws(requests, slots, logits, valid)
+        return Drawn(requests=requests, tokens=tokens, logprobs=listed, prompt_logprobs=scored, taking=taking)
 
     def _of_draws(
         self, requests: tuple[str, ...], slots: Sequence[int], logits: Tensor, tokens: Tensor

@@ -2,17 +2,18 @@
 
 A request has `known` tokens (prompt, produced, and the one a step in flight is sampling), `issued` tokens (handed to a
 step) and `computed` tokens (landed); a step gives it `count` of `known - issued`. Running requests are served first, in
-arrival order, each with 1 token or its next chunk; then waiting ones, within `max_step_tokens` per step and `max_seqs`
-slots. A waiting request starts at its longest cached prefix, rounded down so that at least one token outside any shared
-page is left to run; one whose logits are wanted starts at 0; one with a leader starts when that one's prompt is there
-to be shared. When pages run out the newest running request is preempted: its pages are released (their hashes stay
-findable), `issued` and `computed` become 0, it returns to the head of the queue. A resumed request prefills its prompt
-and replays its produced tokens as single-query rows. A request is sampled only by the step that brings `issued` up to
-`known`. A step with a row marked `sync` is committed before the next one is planned. `plan()` changes the queue,
-reservations and `issued`; `commit()` alone advances `computed`, appends tokens, hashes pages, and truncates what was
-issued past an end.
+order of priority and arrival, each with 1 token or its next chunk; then waiting ones, within `max_step_tokens` per step
+and `max_seqs` slots. A waiting request starts at its longest cached prefix, rounded down so that at least one token
+outside any shared page is left to run; one whose logits are wanted starts at 0; one with a leader starts when that
+one's prompt is there to be shared. When pages run out the last running request in that order is preempted: its pages
+are released (their hashes stay findable), `issued` and `computed` become 0, it returns to its place in the queue. A
+resumed request prefills its prompt and replays its produced tokens as single-query rows. A request is sampled only by
+the step that brings `issued` up to `known`. A step with a row marked `sync` is committed before the next one is
+planned. `plan()` changes the queue, reservations and `issued`; `commit()` alone advances `computed`, appends tokens,
+hashes pages, and truncates what was issued past an end.
 """
 
+from bisect import insort
 from collections import deque
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,7 @@ from omniserve.base.errors import CapacityError, RequestError
 from omniserve.base.types import (
     PAGE,
     Admission,
+    Fault,
     FinishReason,
     Output,
     Request,
@@ -35,32 +37,39 @@ from omniserve.cache.manager import CacheManager
 
 @dataclass(slots=True)
 class Stats:
-    """Counters since the start; prefix queries and hits in tokens, of first starts only."""
+    """Counters since the start; prefix queries and hits in tokens, of first starts only.
+
+    corrupted  requests whose logits were not finite numbers
+    """
 
     preemptions: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    corrupted: int = 0
 
 
 class Scheduler:
     """Queues, slots and reservations of all unfinished requests, and the steps in flight.
 
-    cache  the pages of running requests, to look at: the scheduler alone reserves and releases
-    stats  counters
+    cache       the pages of running requests, to look at: the scheduler alone reserves and releases
+    stats       counters
+    priorities  requests may have one other than 0; a waiting one with a smaller number takes nothing from a running one
 
-    Invariant: running requests arrived before waiting ones, both in order of arrival; a request holds pages exactly
-    while it runs. Every request fits into the pool alone (`add` sees to it) and may take the pages of all that arrived
-    after it, so the oldest one always moves on.
+    Invariant: running and waiting requests are each in order: of priority, then of arrival. Where all priorities are
+    equal the running ones arrived before the waiting ones. A request holds pages exactly while it runs. Every request
+    fits into the pool alone (`add` sees to it) and may take the pages of all running ones behind it, so the first one
+    always moves on.
     """
 
-    def __init__(self, limits: Limits, cache: CacheManager, *, seed: int) -> None:
+    def __init__(self, limits: Limits, cache: CacheManager, *, seed: int, priorities: bool = False) -> None:
         assert limits.max_seqs >= 1 and limits.max_step_tokens >= 1, limits
         self.stats = Stats()
         self._limits = limits
         self.cache = cache
         self._seed = seed
+        self._priorities = priorities
         self._added = 0
-        self._waiting: deque[Request] = deque()
+        self._waiting: list[Request] = []
         self._running: list[Request] = []
         self._unfinished: dict[str, Request] = {}
         self._slots = list(range(limits.max_seqs - 1, -1, -1))
@@ -97,6 +106,11 @@ class Scheduler:
         assert prompt == len(request.tokens) and request.issued == 0 and not request.finished, request
         if request.id in self._unfinished:
             raise RequestError(f"request id {request.id!r} is in use: give another")
+        if request.priority and not self._priorities:
+            raise RequestError(
+                f"priority={request.priority}: must be 0 where requests are served in order of arrival; start with "
+                "--scheduling-policy priority"
+            )
         if prompt < 1:
             raise RequestError("the prompt is empty: give at least one token")
         if request.limit < (0 if request.reduce else 1):
@@ -113,9 +127,10 @@ class Scheduler:
         request.limit = limit
         if request.sampling.seed is None:
             request.sampling = replace(request.sampling, seed=mixed(self._seed, self._added))
+        request.number = self._added
         self._added += 1
         self._unfinished[request.id] = request
-        self._waiting.append(request)
+        insort(self._waiting, request, key=_order)
 
     def abort(self, request_id: str) -> Output | None:
         """End a request and return its last output; None if it has ended already or never was."""
@@ -144,7 +159,7 @@ class Scheduler:
             if count == 0:
                 continue
             self._make_room(request, count)
-            if request.slot is None:  # preempted, and with it all that arrived after it
+            if request.slot is None:  # preempted, and with it all behind it
                 break
             serve(request, count)
 
@@ -204,7 +219,7 @@ class Scheduler:
         return count
 
     def _make_room(self, request: Request, count: int) -> None:
-        """Reserve pages for a running request, preempting the newest, in the end itself, until there is room."""
+        """Reserve pages for a running request, preempting the last, in the end itself, until there is room."""
         while request.slot is not None and not self.cache.reserve(request, count):
             self._preempt(self._running[-1])
 
@@ -214,7 +229,7 @@ class Scheduler:
         request.epoch += 1
         request.preemptions += 1
         self.stats.preemptions += 1
-        self._waiting.appendleft(request)
+        insort(self._waiting, request, key=_order)
 
     def _start(self, request: Request) -> Admission | None:
         """Give the head of the queue a slot; None, and nothing changed, if it does not fit."""
@@ -222,7 +237,7 @@ class Scheduler:
         found = self.cache.start(request, slot)
         if found is None:
             return None
-        self._running.append(self._waiting.popleft())
+        insort(self._running, self._waiting.pop(0), key=_order)
         request.slot = self._slots.pop()
         request.issued = request.computed = found
         if first:
@@ -263,14 +278,17 @@ class Scheduler:
     def commit(self, step: Step, result: StepResult) -> list[Output]:
         """Take in what the oldest step in flight brought."""
         assert self._flying and self._flying[0][0] is step, step
-        missing = [work.request for work in step.works if work.draws and work.request not in result.tokens]
-        assert not missing, missing
+        brought = result.tokens.keys() | result.faults.keys()
+        assert all(work.request in brought for work in step.works if work.draws), (step, result)
         _, served = self._flying.popleft()
         outputs = []
         for work, request in zip(step.works, served, strict=True):
             request.flights -= 1
             request.drawn -= work.draws
             if request.finished:
+                continue
+            if (fault := result.faults.get(work.request)) is not None:
+                outputs.append(self._fail(request, fault))
                 continue
             if work.epoch == request.epoch:
                 assert request.computed == work.start, request
@@ -280,20 +298,28 @@ class Scheduler:
             drawn = (result.tokens[work.request],) if work.draws else ()
             request.tokens += drawn
             logprobs = (result.logprobs[work.request],) if drawn and work.request in result.logprobs else ()
-            reason = self._end(request, work)
+            reason = self._end(request, work, complete=work.request in result.complete)
             if reason is not None:
                 self._finish(request, reason)
             if drawn or reason is not None:
                 outputs.append(_output(request, drawn, logprobs))
         return outputs
 
-    def _end(self, request: Request, work: Work) -> FinishReason | None:
-        """Why a request ends with a step that has landed, if it does."""
-        if work.draws and request.tokens[-1] in request.stop_ids:
+    def _end(self, request: Request, work: Work, *, complete: bool) -> FinishReason | None:
+        """Why a request ends with a step that has landed, if it does; `complete`: nothing may follow."""
+        if work.draws and (complete or request.tokens[-1] in request.stop_ids):
             return "stop"
         if request.limit:
             return "length" if request.produced >= request.limit else None
         return "length" if work.start + work.count == request.prompt else None
+
+    def _fail(self, request: Request, fault: Fault) -> Output:
+        """End a request that a step could not draw for; where numbers were broken, no cached prefix stays."""
+        self._finish(request, "error")
+        if fault == "logits":
+            self.stats.corrupted += 1
+            self.cache.forget()
+        return replace(_output(request, ()), fault=fault)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         request.finish = reason
@@ -336,7 +362,10 @@ class Scheduler:
         self.cache.check(self._running)
         slots = [request.slot for request in self._running if request.slot is not None]
         assert sorted(slots + self._slots) == list(range(self._limits.max_seqs)), (slots, self._slots)
-        assert [*self._running, *self._waiting] == list(self._unfinished.values()), "out of order"
+        everyone = [*self._running, *self._waiting]
+        assert sorted(everyone, key=_number) == list(self._unfinished.values()), "lost or twice"
+        queues = (self._running, self._waiting) if self._priorities else (everyone,)
+        assert all(queue == sorted(queue, key=_order) for queue in queues), "out of order"
         for request in self._unfinished.values():
             rows = sum(request in served for _, served in self._flying)
             assert request.flights == rows and not request.finished, request
@@ -345,10 +374,18 @@ class Scheduler:
             assert request.slot is None and request.issued == 0 and not request.held, request
 
 
+def _order(request: Request) -> tuple[int, int]:
+    return request.order
+
+
+def _number(request: Request) -> int:
+    return request.number
+
+
 def _admission(request: Request) -> Admission:
     sampling = request.sampling
     assert sampling.seed is not None, request
-    looked_up = sampling.penalizes or request.bad_words or request.reduce == "logprobs"
+    looked_up = sampling.penalizes or request.bad_words or request.grammar or request.reduce == "logprobs"
     return Admission(
         sampling=sampling,
         seed=sampling.seed,
@@ -357,6 +394,7 @@ def _admission(request: Request) -> Admission:
         history=tuple(request.tokens) if looked_up else (),
         stop_ids=tuple(sorted(request.stop_ids)) if sampling.min_tokens else (),
         bad_words=request.bad_words,
+        grammar=request.grammar,
     )
 
 

@@ -21,6 +21,8 @@ NARROW = 64
 """Rows with a top_k of at most this look at so many of their likeliest tokens only."""
 _LEAST_PENALTY = 1e-30
 """A logit divided by a smaller number could be infinite in 32 bits."""
+CORRUPTED, EXHAUSTED = -1, -2
+"""What stands in place of a token where logits are not finite numbers, and where none may be drawn."""
 _NONE = -1
 """Fills tables beyond a row's own entries; no token has this id."""
 
@@ -54,6 +56,14 @@ class BadWords:
     slots: Tensor
     words: Tensor
     recent: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Masked:
+    """Rows with a grammar. rows int64 [s]; bits int32 [s, ceil(V / 32)]: tokens that may be drawn, lowest bit first."""
+
+    rows: Tensor
+    bits: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +106,7 @@ class SampleRows:
     """
 
     bias: Bias | None = None
+    masked: Masked | None = None
     muted: Muted | None = None
     bad_words: BadWords | None = None
     penalties: Penalties | None = None
@@ -317,22 +328,29 @@ def _among(slots: Sequence[int], those: Set[int]) -> list[int]:
 def sample(logits: Tensor, rows: SampleRows) -> Tensor:
     """Return one token id per row, int64 [S]; logits [S, V].
 
-    Each row goes through what it asks for, in vLLM's order: logit_bias and allowed_token_ids; min_tokens (what would
-    end the request is forbidden); bad_words (of a row that they would leave nothing they forbid nothing); repetition,
-    frequency and presence penalties. A greedy row then takes the largest logit, the smallest id among equals. The
-    others: softmax at the temperature; tokens below min_p times the largest probability go; then all but the top_k,
-    ties by token id; then the tail beyond top_p of what is left (the first token that crosses it stays); then the
-    inverse of the cumulative distribution at u(seed, position).
+    Each row goes through what it asks for, in vLLM's order: logit_bias and allowed_token_ids; what its grammar allows;
+    min_tokens (what would end the request is forbidden); bad_words (of a row that they would leave nothing they forbid
+    nothing); repetition, frequency and presence penalties. A greedy row then takes the largest logit, the smallest id
+    among equals. The others: softmax at the temperature; tokens below min_p times the largest probability go; then all
+    but the top_k, ties by token id; then the tail beyond top_p of what is left (the first token that crosses it stays);
+    then the inverse of the cumulative distribution at u(seed, position).
+
+    A row that holds NaN or whose largest logit is infinite yields `CORRUPTED`, one whose tokens are all forbidden
+    `EXHAUSTED`; other rows do not notice.
     """
     adjusted = adjust(logits, rows)
-    tokens = adjusted.argmax(-1)  # the first among equals
+    tokens = adjusted.argmax(-1)  # the first among equals, and the first NaN before all numbers
+    largest = adjusted.gather(1, tokens[:, None])[:, 0]
     if rows.whole is not None:
         tokens[rows.whole.rows] = _draw(adjusted[rows.whole.rows], rows.whole)
     if rows.narrow is not None:
         tokens[rows.narrow.rows] = _draw_among(adjusted[rows.narrow.rows], rows.narrow, NARROW)
     if rows.filtered is not None:
         tokens[rows.filtered.rows] = _draw_among(adjusted[rows.filtered.rows], rows.filtered, logits.shape[1])
-    return tokens
+    if adjusted is logits:
+        return torch.where(largest.isfinite(), tokens, CORRUPTED)
+    tokens = torch.where(largest == -torch.inf, EXHAUSTED, torch.where(largest.isfinite(), tokens, CORRUPTED))
+    return torch.where(logits.amax(-1).isfinite(), tokens, CORRUPTED)
 
 
 def adjust(logits: Tensor, rows: SampleRows) -> Tensor:
@@ -341,11 +359,14 @@ def adjust(logits: Tensor, rows: SampleRows) -> Tensor:
     Source of the penalties: CTRL (arXiv 1909.05858) section 4.1 with the sign of transformers' and vLLM's
     implementations for repetition; the API reference of OpenAI for presence and frequency.
     """
-    if rows.bias is None and rows.muted is None and rows.bad_words is None and rows.penalties is None:
+    asked = (rows.bias, rows.masked, rows.muted, rows.bad_words, rows.penalties)
+    if all(one is None for one in asked):
         return logits
     x = logits.to(_exact(logits), copy=True)
     if rows.bias is not None:
         x[rows.bias.rows] += rows.bias.table[rows.bias.slots].to(x.dtype)
+    if rows.masked is not None:
+        x[rows.masked.rows] = x[rows.masked.rows].where(_allowed(rows.masked.bits, x.shape[1]), -torch.inf)
     if rows.muted is not None:
         x[rows.muted.rows] = x[rows.muted.rows].scatter(1, rows.muted.ids, -torch.inf)
     if rows.bad_words is not None:
@@ -353,6 +374,12 @@ def adjust(logits: Tensor, rows: SampleRows) -> Tensor:
     if rows.penalties is not None:
         x[rows.penalties.rows] = _penalized(x[rows.penalties.rows], rows.penalties)
     return x
+
+
+def _allowed(bits: Tensor, vocab: int) -> Tensor:
+    """Unpack bits int32 [s, W] to bool [s, vocab]."""
+    places = torch.arange(32, dtype=torch.int32, device=bits.device)
+    return (bits[:, :, None] >> places & 1).bool().flatten(1)[:, :vocab]
 
 
 def _without(x: Tensor, bad: BadWords) -> Tensor:
@@ -407,11 +434,14 @@ def _draw_among(logits: Tensor, chance: Chance, width: int) -> Tensor:
 
 
 def _choose(probability: Tensor, chance: Chance) -> Tensor:
-    """Return the index at which the cumulative distribution passes u(seed, position); never one of probability 0."""
+    """Return the index at which the cumulative distribution passes u(seed, position); never one of probability 0.
+
+    Of what is no distribution (NaN) the index is one of the row all the same.
+    """
     cumulative = probability.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:].contiguous()
     target = torch.minimum(uniform(chance.seed, chance.position)[:, None] * total, torch.nextafter(total, total * 0))
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=probability.shape[1] - 1)
 
 
 @operation

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from omniserve.base.errors import OmniserveError
-from omniserve.client import EngineDeadError, StepError
+from omniserve.client import EngineDeadError, LogitsError, StepError
 
 TYPES = {
     400: "BadRequestError",
@@ -110,6 +110,8 @@ def from_exception(error: Exception) -> ApiError:
             return ApiError(503, "the engine has stopped: the server must be started again", retry_after=LONGEST_RETRY)
         case StepError():
             return ApiError(500, "the step that this request was part of has failed")
+        case LogitsError():
+            return ApiError(500, str(error))
         case TimeoutError():
             return ApiError(504, "the request took too long")
     return ApiError(500, INTERNAL)

@@ -54,7 +54,7 @@ class Metrics:
         self.preemptions = self._counter("num_preemptions", "Requests whose pages were taken away")
         self.prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
         self.prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found by those")
-        self._counter("corrupted_requests", "Requests whose logits were not numbers")
+        self.corrupted = self._counter("corrupted_requests", "Requests whose logits were not finite numbers")
         self._ends = self._counters("request_success", "Requests that ended, by reason", "finished_reason", ENDS)
         self._rejections = self._counters(
             "admission_rejections", "Requests turned away, by reason", "reason", REJECTIONS
@@ -136,6 +136,7 @@ class Metrics:
         self.preemptions.inc(stats.preemptions - seen.preemptions)
         self.prefix_queries.inc(stats.prefix_queries - seen.prefix_queries)
         self.prefix_hits.inc(stats.prefix_hits - seen.prefix_hits)
+        self.corrupted.inc(stats.corrupted - seen.corrupted)
         self._seen = stats
 
     @property

@@ -10,6 +10,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 from pydantic_core import PydanticCustomError
 
 from omniserve.base import log
+from omniserve.base.errors import RequestError
+from omniserve.base.structured import StructuredOutputs
 from omniserve.base.types import SamplingParams
 from omniserve.server.errors import ApiError, unsupported
 
@@ -138,7 +140,7 @@ class Sampling(Body):
     response_format: ResponseFormat | None = None
     structured_outputs: dict[str, Any] | None = None
     cache_salt: Annotated[Str, Field(max_length=1024)] | None = None
-    priority: int | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     user: Str | None = None
     include_engine_stats: bool | None = None
 
@@ -150,15 +152,36 @@ class Sampling(Body):
                 raise unsupported(name, what)
         if extra.get("best_of") not in (None, self.n or 1):
             raise unsupported("best_of", "best_of other than n")
-        if self.response_format is not None and self.response_format.type != "text":
-            raise unsupported("response_format.type", f"response_format {self.response_format.type}")
-        if self.structured_outputs:
-            raise unsupported("structured_outputs", "structured output")
-        if self.priority:
-            raise unsupported("priority", "a priority other than 0")
+        for name in ("structural_tag", "disable_any_whitespace", "disable_additional_properties", "whitespace_pattern"):
+            if (self.structured_outputs or {}).get(name) not in (None, False):
+                raise unsupported(f"structured_outputs.{name}", name)
         unknown = [name for name in extra if name not in _UNSUPPORTED]
         if unknown:
             _LOG.debug("ignored fields %s", log.fields(names=",".join(sorted(unknown))[:200]))
+
+    def form(self) -> tuple[StructuredOutputs, str] | None:
+        """Return the form that the answer must have, and the field that says so. Raises ApiError."""
+        described = self.structured_outputs or {}
+        given = {name: value for name, value in described.items() if value not in (None, False)}
+        wanted, param = self.response_format, "response_format"
+        if wanted is not None and wanted.type != "text":
+            if given:
+                raise ApiError(400, "give response_format or structured_outputs, one of the two", param=param)
+            given = {"json_object": True}
+            if wanted.type == "json_schema":
+                param = "response_format.json_schema.schema"
+                schema = (wanted.json_schema or {}).get("schema")
+                if not isinstance(schema, dict):
+                    raise ApiError(400, f"{param} must be a JSON Schema, an object", param=param)
+                given = {"json": schema}
+        elif given:
+            param = "structured_outputs"
+        else:
+            return None
+        try:
+            return StructuredOutputs.of(given), param
+        except RequestError as error:
+            raise formless(error, param) from None
 
     def params(
         self,
@@ -167,6 +190,7 @@ class Sampling(Body):
         max_tokens: int | None,
         logprobs: int | None,
         prompt_logprobs: int | None = None,
+        form: StructuredOutputs | None = None,
     ) -> SamplingParams:
         """Return how tokens are drawn: what the body says, else `defaults`. Raises RequestError."""
         values: dict[str, Any] = dict(defaults)
@@ -175,7 +199,19 @@ class Sampling(Body):
                 values[name] = given
         if self.logit_bias is not None:
             values["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
-        return SamplingParams(**values, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+        return SamplingParams(
+            **values,
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            structured_outputs=form,
+        )
+
+
+def formless(error: RequestError, param: str) -> ApiError:
+    """Return the refusal of a form, by the field that described it."""
+    _, _, reason = str(error).partition(": ")
+    return ApiError(400, f"{param}: {reason}", param=param)
 
 
 _SAMPLING = (
@@ -225,13 +261,14 @@ class CompletionRequest(Sampling):
         if self.suffix:
             raise unsupported("suffix", "a suffix")
 
-    def sampling(self, defaults: Mapping[str, Any]) -> SamplingParams:
+    def sampling(self, defaults: Mapping[str, Any], form: StructuredOutputs | None = None) -> SamplingParams:
         """Return how tokens are drawn. Raises RequestError."""
         return self.params(
             defaults,
             max_tokens=16 if self.max_tokens is None else self.max_tokens,
             logprobs=self.logprobs,
             prompt_logprobs=self.logprobs if self.echo else None,
+            form=form,
         )
 
     def prompts(self) -> list[str] | list[list[int]]:
@@ -296,10 +333,11 @@ class ChatRequest(Sampling):
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs goes with logprobs: true", param="top_logprobs")
 
-    def sampling(self, defaults: Mapping[str, Any]) -> SamplingParams:
+    def sampling(self, defaults: Mapping[str, Any], form: StructuredOutputs | None = None) -> SamplingParams:
         """Return how tokens are drawn; without a limit the rest of the context is the limit. Raises RequestError."""
         most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return self.params(defaults, max_tokens=most, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self.params(defaults, max_tokens=most, logprobs=logprobs, form=form)
 
 
 def conversation(messages: list[Message]) -> list[dict[str, Any]]:

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+from omniserve.base.errors import RequestError
+from omniserve.base.structured import StructuredOutputs
 from omniserve.server import protocol
 from omniserve.server.answers import Prompt, Reply
 from omniserve.server.errors import ApiError
-from omniserve.server.protocol import ChatRequest, CompletionRequest
+from omniserve.server.protocol import ChatRequest, CompletionRequest, Sampling
 from omniserve.server.service import Service
 from omniserve.server.stream import ChatForm, CompletionForm, Form
 
@@ -25,7 +27,7 @@ async def begin(service: Service, body: CompletionRequest | ChatRequest, key: st
 
 
 async def _completion(service: Service, body: CompletionRequest, key: str | None) -> tuple[Reply, Form]:
-    params = body.sampling(service.defaults())
+    params = body.sampling(service.defaults(), await _form(service, body))
     given = body.prompts()
     most = service.server.limits.max_prompts
     if len(given) > most:
@@ -37,11 +39,25 @@ async def _completion(service: Service, body: CompletionRequest, key: str | None
 
 
 async def _chat(service: Service, body: ChatRequest, key: str | None) -> tuple[Reply, Form]:
-    params = body.sampling(service.defaults())
+    params = body.sampling(service.defaults(), await _form(service, body))
     service.turn_away(params.n)
     ids = await conversation(service, body.messages, body.add_generation_prompt, variables=body.chat_template_kwargs)
     reply = service.open(body, [Prompt(text=None, ids=ids)], params, prefix="chatcmpl", key=key)
     return reply, ChatForm(service.text)
+
+
+async def _form(service: Service, body: Sampling) -> StructuredOutputs | None:
+    """Return the form that the answer must have, made ready; nothing is made for a request that finds no place."""
+    found = body.form()
+    if found is None:
+        return None
+    service.turn_away(1)
+    form, param = found
+    try:
+        await service.compile(form)
+    except RequestError as error:
+        raise protocol.formless(error, param) from None
+    return form
 
 
 async def _prompt(service: Service, given: str | list[int]) -> Prompt:

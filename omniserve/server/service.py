@@ -12,9 +12,10 @@ from omniserve.base import log
 from omniserve.base.config import Options
 from omniserve.base.errors import RequestError
 from omniserve.base.serving import ServerOptions
+from omniserve.base.structured import StructuredOutputs
 from omniserve.base.types import SamplingParams, check_prompt
 from omniserve.client import AsyncEngine
-from omniserve.engine.process import Add, Landed, Null, Ready
+from omniserve.engine.process import Add, Landed, Null, Ready, Words
 from omniserve.server.answers import Choice, Prompt, Reply
 from omniserve.server.errors import LONGEST_RETRY, ApiError
 from omniserve.server.limits import Queue, Rates
@@ -217,6 +218,15 @@ class Service:
                 param=param,
             )
 
+    async def compile(self, form: StructuredOutputs) -> None:
+        """Make a form ready for a request. Raises RequestError or EngineDeadError."""
+        tokenizer = self.tokenizer
+
+        def words() -> Words:
+            return Words(tokenizer=tokenizer.as_json(), eos_ids=tuple(sorted(tokenizer.eos_ids)))
+
+        await self.engine.compile(form, words)
+
     async def _in_thread(self, function: Callable[..., Result], *arguments: Any) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
@@ -253,6 +263,13 @@ class Service:
         self.accept()
         assert self.ready is not None
         checked = check(params, self.tokenizer, self.ready.vocab)
+        if body.priority and self.ready.config.policy != "priority":
+            raise ApiError(
+                400,
+                f"priority must be 0, not {body.priority}: this server answers in order of arrival "
+                "(--scheduling-policy fcfs)",
+                param="priority",
+            )
         limits = [self._limit(prompt, params) for prompt in prompts]
         tokens = sum(len(prompt.ids) for prompt in prompts)
         self.turn_away(len(prompts) * params.n, tokens * params.n)
@@ -286,6 +303,7 @@ class Service:
                     prompt_logprobs=params.prompt_logprobs is not None,
                     leader=leader,
                     salt=salt,
+                    priority=body.priority or 0,
                 )
                 leader = leader or request.id
                 choice = Choice(reply, len(reply.choices), prompt, request, self.tokenizer)

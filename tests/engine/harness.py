@@ -39,6 +39,7 @@ class Shape:
     prefix: bool = True
     overlap: bool = False
     backend: Literal["auto", "reference"] = "auto"
+    priorities: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Loaded:
             cache=CacheLimits(memory_bytes=shape.pages * per_page, prefix_caching=shape.prefix),
             overlap=shape.overlap,
             seed=0,
+            policy="priority" if shape.priorities else "fcfs",
         )
         engine, runner, store = make_engine(self.decoder, self.kv, config, Dense(self.spec), self.scales)
         assert store.pages == shape.pages

@@ -6,7 +6,7 @@ tables that the step's moves describe: one wrong, stale or overwritten page chan
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import pytest
@@ -175,6 +175,7 @@ class Ask:
     salt: bytes = b""
     score: bool = False
     ignore_eos: bool = False
+    priority: int = 0
 
     @property
     def prompt(self) -> list[int]:
@@ -192,6 +193,7 @@ class World:
     max_model_len: int = 1024
     overlap: bool = False
     prefix_caching: bool = True
+    priorities: bool = True
     outputs: dict[str, list[Output]] = field(default_factory=dict)
     requests: dict[str, Request] = field(default_factory=dict)
     scored: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
@@ -202,7 +204,7 @@ class World:
         limits = Limits(max_model_len=self.max_model_len, max_seqs=self.max_seqs, max_step_tokens=self.step_tokens)
         self.pool = PagePool(self.pages)
         self.cache = CacheManager({Kind.RETRIEVAL: self.pool}, prefix_caching=self.prefix_caching)
-        self.scheduler = Scheduler(limits, self.cache, seed=5)
+        self.scheduler = Scheduler(limits, self.cache, seed=5, priorities=self.priorities)
         self.model = FakeModel(self.pool)
         self.engine = Engine(self.scheduler, self.model, overlap=self.overlap)
 
@@ -223,6 +225,7 @@ class World:
             limit=ask.limit,
             reduce=reduce if ask.score else None,
             salt=ask.salt,
+            priority=ask.priority,
         )
         self.engine.add(request)
         self.requests[name] = request
@@ -300,6 +303,7 @@ asks = st.builds(
     salt=st.sampled_from([b"", b"", b"salt"]),
     score=st.sampled_from([False, False, False, True]),
     ignore_eos=st.booleans(),
+    priority=st.sampled_from([0, 0, -1, 1, 5]),
 ) | st.builds(Ask, shared=st.integers(0, 200), tail=st.integers(1, 90), limit=st.just(0), score=st.just(True))
 
 worlds = st.builds(
@@ -355,6 +359,17 @@ def test_tokens_do_not_depend_on_the_configuration(world: World, load: list[Ask]
     for ask in load:
         world.add(ask)
     world.finish()
+
+
+@given(world=worlds, load=st.lists(asks, min_size=2, max_size=12))
+def test_priorities_change_no_token(world: World, load: list[Ask]) -> None:
+    """Only the order: without them, on a pool with room for all, each request draws the same."""
+    for ask in load:
+        world.add(ask)
+    calm = World(pages=200, max_seqs=16, max_model_len=370, priorities=False)
+    for ask in load:
+        calm.add(replace(ask, priority=0))
+    assert world.finish().tokens() == calm.finish().tokens()
 
 
 LOAD = [

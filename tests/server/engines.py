@@ -3,6 +3,7 @@
 `python -c "from tests.server.engines import main; main()" KIND SOCKET PATHS...`; kinds:
 
 float64       the model, with the reference in float64, where laws hold token for token
+poison N      the same, and the embedding of token N is not a number
 FAULT WHEN    without a model: a step fails. FAULT: raise; always (so do all that follow); hang (it never ends);
               kill (the process ends in it); wait (it and all that follow wait until the path is gone). WHEN: the
               number of the step, warm-up included (2), or a path: the first step that finds it there
@@ -44,10 +45,12 @@ def main() -> None:
 
 def load(kind: str, start: Start, link: Link) -> tuple[Engine, Ready]:
     word, _, when = kind.partition(" ")
-    if word == "float64":
+    if word in ("float64", "poison"):
         from omniserve.engine.build import build
 
         built = build(start.model, start.options, dtype="float64")
+        if word == "poison":
+            poison(built.engine, int(when))
         return built.engine, described(built)
     engine, ready = load_engine(start, link)
     if word == "marked":
@@ -93,6 +96,15 @@ def mark(engine: Engine) -> None:
     scheduler.cache.reserve = marked_reserve  # type: ignore[method-assign]
     engine.executor.submit = marked_submit  # type: ignore[method-assign]
     engine.step = checked_step  # type: ignore[method-assign]
+
+
+def poison(engine: Engine, token: int) -> None:
+    """Spoil one weight of a loaded model: a checkpoint that holds NaN is not loaded at all."""
+    from omniserve.engine.executor import LocalExecutor
+
+    executor = engine.executor
+    assert isinstance(executor, LocalExecutor)
+    executor._runner.model.embedding[token, 3] = float("nan")
 
 
 class Faulty:

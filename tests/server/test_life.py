@@ -347,7 +347,7 @@ def test_serve_at_a_unix_socket(tiny: Path, tmp_path: Path) -> None:
 
 def test_mistakes(run: Callable[..., Ran], tiny: Path, tmp_path: Path) -> None:
     check_refusal(run("serve"), "MODEL is missing")
-    check_refusal(run("serve", tiny, "--scheduling-policy", "priority"), "fcfs")
+    check_refusal(run("serve", tiny, "--scheduling-policy", "prioriti"), "priority")
     check_refusal(run("serve", tiny, "--prot", "1"), "unknown option --prot", "--port")
     check_refusal(run("serve", tiny, "--host", "no such host"), "no such host")
     with socket.socket() as taken:

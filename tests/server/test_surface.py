@@ -298,9 +298,8 @@ def test_errors(served: Server) -> None:
     [
         ("best_of", 2),
         ("suffix", "x"),
-        ("response_format", {"type": "json_object"}),
-        ("structured_outputs", {"regex": "a+"}),
-        ("priority", 1),
+        ("structured_outputs", {"structural_tag": "x"}),
+        ("guided_json", {"type": "object"}),
         ("use_beam_search", True),
         ("prompt_logprobs", 1),
     ],

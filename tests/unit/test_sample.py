@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from omniserve.base.types import Admission, SamplingParams
-from omniserve.ops.sample import NARROW, SampleRows, SampleState, adjust, logprobs, sample, uniform
+from omniserve.ops.sample import (
+    CORRUPTED,
+    EXHAUSTED,
+    NARROW,
+    SampleRows,
+    SampleState,
+    adjust,
+    logprobs,
+    sample,
+    uniform,
+)
 
 CPU = torch.device("cpu")
 LOGITS = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -8.0])
@@ -258,6 +268,37 @@ def test_bad_words_that_would_leave_nothing_forbid_nothing() -> None:
     params = SamplingParams(temperature=0, allowed_token_ids=(3, 5))
     one = admission(params, (0, 3), prompt=1, bad_words=((3, 3), (3, 5)))
     assert sample(LOGITS[None], state_of(one).rows([0], [2])).tolist() == [3]
+
+
+def test_a_row_that_is_left_nothing_says_so_and_others_do_not_notice() -> None:
+    none = admission(SamplingParams(temperature=0, allowed_token_ids=(3,), min_tokens=9), (9, 9), stop_ids=(3,))
+    state = state_of(none, admission(SamplingParams(temperature=0)))
+    assert sample(torch.stack([LOGITS, LOGITS]), state.rows([0, 1], [3, 3])).tolist() == [EXHAUSTED, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_broken_logits_are_told_and_other_rows_do_not_notice(dtype: torch.dtype, value: float) -> None:
+    kinds = [
+        {"temperature": 0.0},
+        {"seed": 1},
+        {"seed": 2, "top_k": 3},
+        {"seed": 3, "top_p": 0.9},
+        {"seed": 4, "repetition_penalty": 1.5},
+        {"temperature": 0.0, "logit_bias": {3: 5.0}},
+    ]
+    for kind in kinds:
+        one = admission(SamplingParams(**kind), (9, 2), prompt=1)
+        logits = random_logits(3, 40).to(dtype)
+        rows = state_of(one, one, one, vocab=40).rows([0, 1, 2], [5, 6, 7])
+        expected = sample(logits, rows).tolist()
+        for broken in (slice(None), slice(7, 8)):
+            poisoned = logits.clone()
+            poisoned[1, broken] = value
+            assert sample(poisoned, rows).tolist() == [expected[0], CORRUPTED, expected[2]], (kind, broken)
+    nothing = torch.full((2, 40), -torch.inf, dtype=dtype)
+    nothing[1, 4] = 0.0
+    assert sample(nothing, SampleRows()).tolist() == [CORRUPTED, 4]
 
 
 def test_min_tokens_end_at_their_position() -> None:

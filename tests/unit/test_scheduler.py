@@ -14,10 +14,12 @@ TOKEN = 7
 STOP = 99
 
 
-def scheduler(pages: int = 100, seqs: int = 8, step: int = 100, longest: int = 1000, seed: int = 0) -> Scheduler:
+def scheduler(
+    pages: int = 100, seqs: int = 8, step: int = 100, longest: int = 1000, seed: int = 0, priorities: bool = False
+) -> Scheduler:
     cache = CacheManager({Kind.RETRIEVAL: PagePool(pages)}, prefix_caching=True)
     limits = Limits(max_model_len=longest, max_seqs=seqs, max_step_tokens=step)
-    return Scheduler(limits, cache, seed=seed)
+    return Scheduler(limits, cache, seed=seed, priorities=priorities)
 
 
 def request(name: str, prompt: int, limit: int = 10, *, base: int = 0, **fields: Any) -> Request:
@@ -234,6 +236,71 @@ def test_a_failed_step_aborts_its_requests_and_restarts_the_others() -> None:
     one.check()
     assert (one.running, one.waiting) == (0, 1)
     assert shares(one.plan()) == [("b", 0, 80)]
+
+
+# Priority
+
+
+def test_the_more_urgent_request_starts_first() -> None:
+    one = scheduler(seqs=1, step=300, priorities=True)
+    add(one, request("a", 10, limit=2), request("b", 10, limit=2, base=100), request("c", 10, limit=2, base=200))
+    add(one, request("d", 10, limit=2, base=300, priority=-1), request("e", 10, limit=2, base=400, priority=-1))
+    order = [output.request for output in run(one, 10) if output.finish]
+    assert order == ["d", "e", "a", "b", "c"]
+
+
+def test_a_waiting_request_takes_nothing_from_a_running_one() -> None:
+    one = scheduler(seqs=1, step=300, priorities=True)
+    add(one, request("a", 10, limit=3, priority=7))
+    run(one, 1)
+    add(one, request("b", 10, limit=3, base=100, priority=-7))
+    order = [output.request for output in run(one, 5) if output.finish]
+    assert order == ["a", "b"]
+    assert one.stats.preemptions == 0
+
+
+def test_the_less_urgent_request_gives_way() -> None:
+    one = scheduler(pages=4, step=300, priorities=True)
+    a, b = request("a", 127, limit=40, priority=1), request("b", 126, limit=40, base=500)
+    add(one, a, b)
+    run(one, 3)
+    assert (a.preemptions, b.preemptions) == (1, 0)
+    assert shares(one.plan()) == [("b", 128, 1)]
+
+
+def test_priorities_need_their_policy() -> None:
+    one = scheduler()
+    with pytest.raises(RequestError, match=r"priority=3.*--scheduling-policy priority"):
+        one.add(request("a", 10, priority=3))
+    assert not one.has_work
+
+
+# Faults
+
+
+def test_a_fault_ends_its_request_alone_and_keeps_no_prefix() -> None:
+    one = scheduler(step=300)
+    add(one, request("a", 130, limit=5), request("b", 130, limit=5, base=500))
+    step = one.plan()
+    outputs = one.commit(step, StepResult(tokens={"b": TOKEN}, faults={"a": "logits"}))
+    one.check()
+    assert [(output.request, output.finish, output.fault) for output in outputs] == [
+        ("a", "error", "logits"),
+        ("b", None, None),
+    ]
+    assert one.stats.corrupted == 1
+    found = request("c", 130, limit=1)
+    add(one, found)
+    run(one, 4)
+    assert (found.cached, one.has_work) == (0, False)
+
+
+def test_a_request_that_leaves_no_token_corrupts_nothing() -> None:
+    one = scheduler(step=300)
+    add(one, request("a", 130, limit=5))
+    (output,) = one.commit(one.plan(), StepResult(faults={"a": "nothing"}))
+    assert (output.finish, output.fault, output.new_tokens) == ("error", "nothing", ())
+    assert (one.stats.corrupted, one.has_work) == (0, False)
 
 
 # Preemption

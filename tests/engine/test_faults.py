@@ -1,0 +1,133 @@
+"""A request whose logits are no numbers fails alone; priorities change the order and no token. In float64."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from omniserve.base.types import Request, SamplingParams
+from tests.engine.harness import Ask, Loaded, Shape, alone, load, outputs, request, serve
+
+POISON = 5
+"""A token whose embedding is not a number."""
+
+
+@contextmanager
+def poisoned(model: Loaded, value: float = float("nan")) -> Iterator[Loaded]:
+    row = model.decoder.embedding[POISON]
+    before = row.clone()
+    row.fill_(value)
+    try:
+        yield model
+    finally:
+        row.copy_(before)
+
+
+@pytest.fixture(params=["w16a16kv16", "w8a8kv8", "w8a8kv4", "w4a8kv4"], scope="module")
+def model(request: pytest.FixtureRequest) -> Loaded:
+    return load(request.param)
+
+
+def prompt(seed: int, size: int) -> tuple[int, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(6, 211, (size,), generator=generator).tolist())
+
+
+SOUND = [
+    Ask(prompt=prompt(1, 70), tokens=9),
+    Ask(prompt=prompt(2, 5), tokens=14, temperature=1.0, seed=3),
+    Ask(prompt=prompt(3, 130), tokens=6, more={"repetition_penalty": 1.3, "logprobs": 2}),
+    Ask(prompt=prompt(4, 20), tokens=12, temperature=0.8, seed=4, more={"top_k": 5, "bad_words": ()}),
+]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("kind", [{}, {"top_p": 0.5}, {"top_k": 4}, {"presence_penalty": 1.0, "logprobs": 3}])
+def test_a_poisoned_request_fails_alone(model: Loaded, overlap: bool, kind: dict[str, float]) -> None:
+    with poisoned(model):
+        expected = alone(model, SOUND)
+        assert all(len(found) == ask.tokens for found, ask in zip(expected, SOUND, strict=True))
+        bad = Ask(prompt=(*prompt(9, 80), POISON, 7), tokens=9, temperature=1.0, seed=2, more=kind)
+        engine, _ = model.engine(Shape(overlap=overlap, step=64))
+        found = outputs(engine, [SOUND[0], bad, *SOUND[1:], bad])
+        engine.scheduler.check()
+        for number in (1, 5):
+            (output,) = found[number]
+            assert (output.finish, output.fault, output.new_tokens) == ("error", "logits", ())
+        sound = [found[0], *found[2:5]]
+        assert [tuple(t for one in each for t in one.new_tokens) for each in sound] == expected
+        assert engine.scheduler.stats.corrupted == 2
+        assert serve(engine, SOUND) == expected  # in the same pages and slots
+
+
+def test_a_request_that_breaks_midway_keeps_what_it_had(model: Loaded) -> None:
+    ask = Ask(prompt=prompt(1, 30), tokens=9, more={"logit_bias": {}})
+    free = alone(model, [ask])[0]
+    engine, runner = model.engine(Shape())
+    assert serve(engine, [ask]) == [free]
+    one = request("a", ask)
+    engine.add(one)
+    got: list[int] = []
+    while one.produced < 4:
+        got += [token for output in engine.step() for token in output.new_tokens]
+    runner.assembler.last_token[one.slot] = POISON
+    with poisoned(model, float("inf")):
+        (output,) = engine.step()
+    assert (output.finish, output.fault) == ("error", "logits")
+    assert tuple(got) == free[:4]
+    assert not engine.has_work
+    assert serve(engine, [ask]) == [free]
+
+
+def test_scored_prompts_are_looked_at_too(model: Loaded) -> None:
+    engine, _ = model.engine(Shape())
+    good = prompt(1, 90)
+    with poisoned(model):
+        for number, tokens in enumerate([(*good[:40], POISON, *good[41:]), good]):
+            params = SamplingParams(temperature=0.0, seed=1, prompt_logprobs=0)
+            engine.add(
+                Request(
+                    id=str(number),
+                    tokens=list(tokens),
+                    prompt=len(tokens),
+                    sampling=params,
+                    limit=1,
+                    reduce="logprobs",
+                )
+            )
+        ends = {output.request: output for output in engine.drain() if output.finish}
+    assert ends["0"].fault == "logits"
+    assert ends["1"].finish == "length"
+    assert len(ends["1"].prompt_logprobs or ()) == len(good) - 1
+
+
+asks = st.builds(
+    Ask,
+    prompt=st.builds(prompt, st.integers(0, 9), st.integers(1, 150)),
+    tokens=st.integers(1, 12),
+    temperature=st.sampled_from([0.0, 1.0]),
+    seed=st.integers(0, 100),
+)
+
+
+@settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow, HealthCheck.differing_executors])
+@given(load_=st.lists(st.tuples(asks, st.integers(-2, 2)), min_size=2, max_size=6), overlap=st.booleans())
+def test_priorities_change_no_token(load_: list[tuple[Ask, int]], overlap: bool) -> None:
+    model = load("w8a8kv8")
+    shape = Shape(pages=6, seqs=3, step=48, overlap=overlap)
+    engine, _ = model.engine(replace(shape, priorities=True))
+    found: dict[str, list[int]] = {}
+    for number, (ask, priority) in enumerate(load_):
+        one = request(str(number), ask)
+        one.priority = priority
+        engine.add(one)
+        found[one.id] = []
+    while engine.has_work:
+        for output in engine.step():
+            found[output.request] += output.new_tokens
+        engine.scheduler.check()
+    assert [tuple(each) for each in found.values()] == alone(model, [ask for ask, _ in load_])
