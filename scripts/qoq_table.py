@@ -62,11 +62,14 @@ def rows(table: str) -> dict[str, Recipe]:
 
 
 def _distinct(found: dict[str, Recipe]) -> dict[str, Recipe]:
-    """Leave out rows that repeat the one before."""
+    """Leave out rows that repeat another: of two, the default stays, else the first."""
     made: dict[str, Recipe] = {}
     for name, recipe in found.items():
-        if name == "default" or replace(recipe, name="") not in [replace(one, name="") for one in made.values()]:
+        same = [other for other, one in made.items() if replace(one, name="") == replace(recipe, name="")]
+        if not same:
             made[name] = recipe
+        elif name == "default":
+            made = {name if other in same else other: one for other, one in made.items()}
     return made
 
 
