@@ -86,5 +86,10 @@ class Watch:
 def page_map(states: bytes, extent: int) -> dict[str, Any]:
     """Return the first `extent` pages of a pool as at most CELLS letters; a cell shows the busiest of its pages."""
     each = ceil_div(extent, CELLS)
-    cells = (max(states[start : start + each], default=FREE) for start in range(0, extent, each))
+    cells = (_busiest(states[start : start + each]) for start in range(0, extent, each))
     return {"pages": extent, "pages_per_cell": each, "cells": "".join(LETTERS[cell] for cell in cells)}
+
+
+def _busiest(states: bytes) -> int:
+    """Return the busiest of some states; looking for each is many times as fast as `max` over the bytes."""
+    return SHARED if SHARED in states else HELD if HELD in states else CACHED if CACHED in states else FREE
