@@ -11,7 +11,7 @@ CORE := $(VENV)/.core-$(KEY)
 DEV := $(VENV)/.dev-$(KEY)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo model test test-long lint format clean
+.PHONY: help demo model test test-long lint format lock clean
 .NOTPARALLEL:
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make test-long  the same with soak runs and deep random testing"
 	@echo "make lint       ruff, mypy, import-linter"
 	@echo "make format     ruff format, and the mistakes ruff can mend"
+	@echo "make lock       constraints/requirements.lock (hashes) and constraints/sbom.cdx.json, from pyproject.toml"
 	@echo "make model      fetch the model of demo and tests: $(MODEL)"
 	@echo "make clean      remove what these commands made in this folder"
 
@@ -47,6 +48,10 @@ lint: $(DEV)
 format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+lock: $(DEV)
+	@$(PIP) install --quiet 'uv>=0.9' 'cyclonedx-bom>=7'
+	@$(BIN)/python scripts/lock.py
 
 clean:
 	rm -rf $(VENV) .models build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
