@@ -71,6 +71,9 @@ class Precision:
         raise ConfigError(f"precision={word!r}: must be one of {', '.join(PRECISIONS)}{nearest(word, PRECISIONS)}")
 
 
+TILE = 128
+"""Prompt positions that choose their pages together, from absolute multiples on."""
+
 GROUP = 128
 """Group size of 4-bit weights that are quantized at load, unless the user says otherwise."""
 
@@ -118,24 +121,101 @@ class Options:
         "order in which requests are served: of arrival, or of the field priority (the smaller first), then of arrival",
         choices=("fcfs", "priority"),
     )
+    sparsity: str = option(
+        "off",
+        "static: streaming heads; dynamic: retrieval heads choose pages; lserve: both",
+        choices=("off", "static", "dynamic", "lserve"),
+    )
+    static_sparsity: float | None = option(None, "share of key heads that stream, 0 to 1; default 0.5")
+    attn_pattern: str | None = option(
+        None, "folder of full_attention_heads.tsv; `omniserve sparsity identify` makes one"
+    )
+    sink: int | None = option(None, "first tokens that streaming heads always see; default 128")
+    local: int | None = option(None, "latest tokens that streaming heads see at produced positions; default 256")
+    prefill_local: int | None = option(None, "the same at prompt positions; default 8192")
+    max_prefills: int | None = option(
+        None, "requests whose prompts may hold more than the decode window at once; default 2"
+    )
+    token_budget: int | None = option(None, "tokens that a retrieval head reads at produced positions; default 4096")
+    reuse_interval: int | None = option(None, "produced tokens from one choice of pages to the next; default 4")
+    prefill_budget: int | None = option(
+        None, f"tokens that retrieval heads read for {TILE} queries of a prompt beyond 32K; default: all"
+    )
     seed: int = option(0, "seeds requests that bring no seed of their own")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What the scheduler may put into a step, and how long a sequence may grow."""
+    """What the scheduler may put into a step, and how long a sequence may grow.
+
+    tiles_from  first prompt position that is computed by whole tiles; None if there is none
+    """
 
     max_model_len: int
     max_seqs: int
     max_step_tokens: int
+    tiles_from: int | None = None
+
+    def cut(self, start: int, end: int, prompt: int) -> int:
+        """Return where a chunk from `start` that may reach to `end` ends: at a tile, or with the prompt."""
+        if self.tiles_from is None or end >= prompt or end <= self.tiles_from:
+            return end
+        return max(start, self.tiles_from, end // TILE * TILE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheLimits:
-    """Memory of the KV pages and whether equal prefixes share them."""
+    """Memory of the KV pages of all kinds, and whether equal prefixes share them.
+
+    streaming_pages  how many of them streaming heads have, each of 64 tokens
+    """
 
     memory_bytes: int
     prefix_caching: bool
+    streaming_pages: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sparsity:
+    """Which keys are kept and read; counts are tokens.
+
+    streaming      share of key heads that stream; 0: none
+    pattern        folder that says which heads stream first
+    sink, local    streaming heads see key j from query i if j < sink or j > i - local
+    prefill_local  the same at prompt positions
+    prefills       requests that may hold more than the decode window at once, at full slots
+    budget         what a retrieval head reads at a produced position; None: everything
+    interval       produced positions from one choice of pages to the next
+    prefill_budget what retrieval heads read for a tile of prompt positions; None: everything
+    prefill_from   first prompt position that `prefill_budget` applies to
+    """
+
+    streaming: float = 0.0
+    pattern: str | None = None
+    sink: int = 128
+    local: int = 256
+    prefill_local: int = 8192
+    prefills: int = 2
+    budget: int | None = None
+    interval: int = 4
+    prefill_budget: int | None = None
+    prefill_from: int = 32768
+
+    @property
+    def off(self) -> bool:
+        """True if every head sees everything."""
+        return not self.streaming and self.budget is None and self.prefill_budget is None
+
+    @property
+    def tiles_from(self) -> int | None:
+        """First prompt position whose keys are chosen; None if there is none."""
+        return None if self.prefill_budget is None else self.prefill_from
+
+    def streaming_pages(self, *, seqs: int, unlanded: int, longest: int) -> int:
+        """Return the pages that hold the windows of `seqs` requests and, of `prefills` of them, of their prompts."""
+        decode = -(-self.sink // PAGE) + -(-self.local // PAGE) + 2
+        prompt = -(-(self.prefill_local + unlanded) // PAGE) + 1
+        return min(seqs * decode + min(self.prefills, seqs) * prompt, seqs * -(-longest // PAGE))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +231,12 @@ class EngineConfig:
     overlap: bool
     seed: int
     policy: Literal["fcfs", "priority"] = "fcfs"
+    sparsity: Sparsity = Sparsity()
+
+    @property
+    def unlanded(self) -> int:
+        """Tokens that may be issued before the first of them lands."""
+        return self.limits.max_step_tokens * (2 if self.overlap else 1)
 
 
 def resolve(
@@ -162,12 +248,14 @@ def resolve(
     dtype: DtypeName,
     token_bytes: int,
     free_bytes: int,
+    streaming_token_bytes: int = 0,
 ) -> EngineConfig:
     """Return the configuration with every "auto" replaced.
 
     stored       precision of a quantized checkpoint, None for a 16-bit one
     dtype        what "auto" means for this checkpoint on this device
-    token_bytes  KV bytes per token of the chosen precision, all layers
+    token_bytes  KV bytes per token of the chosen precision, all layers; of retrieval heads, with their statistics
+    streaming_token_bytes  the same of streaming heads
     free_bytes   memory that pages may take when the user does not say
     Raises ConfigError or CapacityError.
     """
@@ -181,27 +269,114 @@ def resolve(
         raise ConfigError(
             f"max_num_batched_tokens={step}: must be at least max_num_seqs={seqs}, one token for each request"
         )
-    page_bytes = token_bytes * PAGE
-    longest = -(-length // PAGE) * page_bytes
-    wanted = _positive("kv_cache_memory_bytes", options.kv_cache_memory_bytes, 0, allow_zero=True)
-    memory = wanted or min(free_bytes, seqs * longest)
-    if memory < longest:
-        fits = memory // page_bytes * PAGE
-        raise CapacityError(
-            f"the KV cache of {human_bytes(memory)} holds {fits} tokens but one request may need {length}: "
-            f"give --kv-cache-memory-bytes {longest} or --max-model-len {max(fits, 1)}"
+    sparsity = choose_sparsity(options)
+    if sparsity.prefill_budget is not None and step < seqs + TILE:
+        raise ConfigError(
+            f"max_num_batched_tokens={step}: with prefill_budget it must be at least max_num_seqs={seqs} + {TILE}, "
+            "one token for each request and a tile of a prompt"
         )
+    overlap = not cpu if options.async_scheduling is None else options.async_scheduling
+    streaming_pages = 0
+    if streaming_token_bytes:
+        unlanded = step * (2 if overlap else 1)
+        streaming_pages = sparsity.streaming_pages(seqs=seqs, unlanded=unlanded, longest=length)
+    memory = _kv_memory(
+        _positive("kv_cache_memory_bytes", options.kv_cache_memory_bytes, 0, allow_zero=True),
+        free_bytes=free_bytes,
+        seqs=seqs,
+        length=length,
+        page_bytes=token_bytes * PAGE,
+        windows_bytes=streaming_pages * streaming_token_bytes * PAGE,
+    )
     return EngineConfig(
         precision=choose_precision(options, stored),
         dtype=dtype,
         device=device,
         backend="reference" if options.backend == "reference" else "auto",
-        limits=Limits(max_model_len=length, max_seqs=seqs, max_step_tokens=step),
-        cache=CacheLimits(memory_bytes=memory, prefix_caching=options.enable_prefix_caching),
-        overlap=not cpu if options.async_scheduling is None else options.async_scheduling,
+        limits=Limits(max_model_len=length, max_seqs=seqs, max_step_tokens=step, tiles_from=sparsity.tiles_from),
+        cache=CacheLimits(
+            memory_bytes=memory, prefix_caching=options.enable_prefix_caching, streaming_pages=streaming_pages
+        ),
+        overlap=overlap,
         seed=options.seed,
         policy="priority" if options.scheduling_policy == "priority" else "fcfs",
+        sparsity=sparsity,
     )
+
+
+def _kv_memory(given: int, *, free_bytes: int, seqs: int, length: int, page_bytes: int, windows_bytes: int) -> int:
+    """Return the bytes of all pages. Raises CapacityError unless the windows and one longest request fit."""
+    longest = -(-length // PAGE) * page_bytes
+    memory = given or min(free_bytes, windows_bytes + seqs * longest)
+    if memory >= windows_bytes + longest:
+        return memory
+    if memory <= windows_bytes:
+        raise CapacityError(
+            f"the KV cache of {human_bytes(memory)} does not hold the windows of the streaming heads of {seqs} "
+            f"requests ({human_bytes(windows_bytes)}): give --kv-cache-memory-bytes {windows_bytes + longest}, or "
+            "lower --max-num-seqs, --max-prefills or --prefill-local"
+        )
+    fits = (memory - windows_bytes) // page_bytes * PAGE
+    beside = f" beside {human_bytes(windows_bytes)} of streaming windows" if windows_bytes else ""
+    raise CapacityError(
+        f"the KV cache of {human_bytes(memory)} holds {fits} tokens{beside} but one request may need {length}: "
+        f"give --kv-cache-memory-bytes {windows_bytes + longest} or --max-model-len {max(fits, 1)}"
+    )
+
+
+_STATIC = ("static_sparsity", "attn_pattern", "sink", "local", "prefill_local", "max_prefills")
+_DYNAMIC = ("token_budget", "reuse_interval", "prefill_budget")
+
+
+def choose_sparsity(options: Options) -> Sparsity:
+    """Return what a user says about sparsity, with its defaults. Raises ConfigError."""
+    mode = options.sparsity
+    for names, modes in ((_STATIC, ("static", "lserve")), (_DYNAMIC, ("dynamic", "lserve"))):
+        for name in names:
+            value = getattr(options, name)
+            if value is not None and mode not in modes:
+                raise ConfigError(f"{name}={value}: goes with sparsity={' or '.join(modes)}, not with {mode}")
+    default = Sparsity()
+    streaming = 0.0
+    if mode in ("static", "lserve"):
+        streaming = 0.5 if options.static_sparsity is None else float(options.static_sparsity)
+        if not 0 <= streaming <= 1:
+            raise ConfigError(f"static_sparsity={streaming:g}: must be 0 to 1, the share of key heads that stream")
+        if streaming and options.attn_pattern is None:
+            raise ConfigError(
+                f"sparsity={mode}: give attn_pattern, the folder that says which heads stream; "
+                "`omniserve sparsity identify MODEL -o DIR` makes one"
+            )
+    budget = prefill_budget = None
+    if mode in ("dynamic", "lserve"):
+        budget = _budget("token_budget", options.token_budget, 4096, 2, "the page of the sink and the newest one")
+        if options.prefill_budget is not None:
+            what = "the page of the sink, those of the tile and one more"
+            prefill_budget = _budget("prefill_budget", options.prefill_budget, 0, 2 + TILE // PAGE, what)
+    interval = _positive("reuse_interval", options.reuse_interval, default.interval)
+    if interval > PAGE:
+        raise ConfigError(f"reuse_interval={interval}: must be 1 to {PAGE}, at most one page may fill between choices")
+    return Sparsity(
+        streaming=streaming,
+        pattern=options.attn_pattern if streaming else None,
+        sink=_positive("sink", options.sink, default.sink, allow_zero=True),
+        local=_positive("local", options.local, default.local),
+        prefill_local=_positive("prefill_local", options.prefill_local, default.prefill_local),
+        prefills=_positive("max_prefills", options.max_prefills, default.prefills),
+        budget=budget,
+        interval=interval,
+        prefill_budget=prefill_budget,
+    )
+
+
+def _budget(name: str, value: int | None, default: int, least: int, what: str) -> int:
+    tokens = default if value is None else value
+    if tokens < least * PAGE or tokens % PAGE:
+        raise ConfigError(
+            f"{name}={tokens}: must be a multiple of {PAGE}, the tokens of a page, and at least {least * PAGE}, "
+            f"for {what}"
+        )
+    return tokens
 
 
 def choose_precision(options: Options, stored: Precision | None) -> Precision:

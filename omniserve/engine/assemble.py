@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from omniserve.base.config import TILE
 from omniserve.base.numbers import ceil_div
 from omniserve.base.types import PAGE, PageMoves, Step, Work
 from omniserve.ops.batch import Batch, Rows, Workspace
+from omniserve.sparsity.policy import Policy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,12 +29,15 @@ class Assembler:
     """Holds what outlives a step on the device: page tables and last tokens, by request slot. Mutable.
 
     tables      per kind int32 [slots, max_pages], column = logical page
+    memos       what the policy remembers, by layer and slot
     last_token  int64 [slots]: the token that a slot's request drew last
     """
 
-    def __init__(self, *, slots: int, max_len: int, kinds: int, device: torch.device) -> None:
+    def __init__(self, policy: Policy, *, slots: int, max_len: int, device: torch.device) -> None:
         pages = ceil_div(max_len, PAGE)
-        self.tables = tuple(torch.full((slots, pages), -1, dtype=torch.int32, device=device) for _ in range(kinds))
+        self.tables = tuple(torch.full((slots, pages), -1, dtype=torch.int32, device=device) for _ in policy.heads)
+        self.memos = policy.memos(slots=slots, pages=pages, device=device)
+        self._policy = policy
         self.last_token = torch.zeros(slots, dtype=torch.int64, device=device)
         self._device = device
 
@@ -40,16 +45,21 @@ class Assembler:
         """Apply the step's page moves and return its batch.
 
         A work's produced positions become single-query rows, which come first; its prompt positions one row of
-        several queries, even when it is one token.
+        several queries, even when it is one token. Where the policy has tiles, prompt positions from `tiles_from` on
+        become a row for each tile; these come last.
         """
         for table, moves in zip(self.tables, step.moves, strict=True):
             self._move(table, moves)
         plan = _Plan()
+        border = self._policy.tiles_from
         for number, one in enumerate(step.works):
-            plan.take(number, one, produced=True)
+            plan.singles(number, one)
         singles = len(plan.slots)
         for number, one in enumerate(step.works):
-            plan.take(number, one, produced=False)
+            plan.chunk(number, one, border)
+        chunks = len(plan.slots)
+        for number, one in enumerate(step.works):
+            plan.tiles(number, one, border)
         tokens = self._tensor(plan.tokens)
         if plan.drawn:
             where, slots = self._tensor([t for t, _ in plan.drawn]), self._tensor([s for _, s in plan.drawn])
@@ -61,15 +71,20 @@ class Assembler:
             seq_len=self._tensor(plan.seq_len, torch.int32),
             singles=singles,
             longest=max(plan.seq_len),
+            tiles=len(plan.slots) - chunks,
         )
+        slots = self._tensor(plan.slots)
         batch = Batch(
             tokens=tokens,
             positions=positions,
             write_slots=tuple(
                 table[owners, positions // PAGE].long() * PAGE + positions % PAGE for table in self.tables
             ),
-            slots=self._tensor(plan.slots),
+            slots=slots,
+            prompts=self._tensor(plan.prompts),
             tables=self.tables,
+            windows=self._policy.windows(self.tables, slots, rows),
+            memos=self.memos,
             rows=rows,
             work=work,
         )
@@ -103,26 +118,46 @@ class _Plan:
         self.cu_q = [0]
         self.seq_len: list[int] = []
         self.slots: list[int] = []
+        self.prompts: list[int] = []
         self.spans: dict[int, list[tuple[int, slice]]] = {}
 
-    def take(self, number: int, work: Work, *, produced: bool) -> None:
-        """Append the rows of a work's produced positions, or of its prompt positions."""
-        border = min(max(work.prompt, work.start), work.start + work.count)
-        first, last = (border, work.start + work.count) if produced else (work.start, border)
-        if first == last:
+    def singles(self, number: int, work: Work) -> None:
+        """Append a row for each of a work's produced positions."""
+        first, last = max(work.prompt, work.start), work.start + work.count
+        if first < last:
+            self._take(number, work, range(first, last), range(first + 1, last + 1))
+
+    def chunk(self, number: int, work: Work, tiles_from: int | None) -> None:
+        """Append one row of a work's prompt positions, up to those that are tiles."""
+        last = min(work.prompt, work.start + work.count)
+        if tiles_from is not None:
+            last = min(last, tiles_from)
+        if work.start < last:
+            self._take(number, work, range(work.start, last), (last,))
+
+    def tiles(self, number: int, work: Work, tiles_from: int | None) -> None:
+        """Append a row for each tile of a work's prompt positions."""
+        if tiles_from is None:
             return
-        begin = len(self.tokens)
+        first, last = max(tiles_from, work.start), min(work.prompt, work.start + work.count)
+        if first < last:
+            assert first % TILE == 0, f"a chunk begins within a tile: {work}"
+            self._take(number, work, range(first, last), (*range(first + TILE, last, TILE), last))
+
+    def _take(self, number: int, work: Work, positions: range, ends: Sequence[int]) -> None:
+        """Append adjacent positions as rows that end where `ends` says."""
+        begin, first = len(self.tokens), positions.start
         if work.new_tokens:
-            self.tokens += work.new_tokens[first - work.start : last - work.start]
+            self.tokens += work.new_tokens[first - work.start : positions.stop - work.start]
         else:
-            assert produced and last - first == 1, work
+            assert first >= work.prompt and len(positions) == 1, work
             self.drawn.append((begin, work.slot))
             self.tokens.append(0)
-        self.positions += range(first, last)
-        self.owners += [work.slot] * (last - first)
-        ends = range(first + 1, last + 1) if produced else (last,)
+        self.positions += positions
+        self.owners += [work.slot] * len(positions)
         for end in ends:
             self.cu_q.append(begin + end - first)
             self.seq_len.append(end)
             self.slots.append(work.slot)
+            self.prompts.append(work.prompt)
         self.spans.setdefault(number, []).append((first, slice(begin, len(self.tokens))))

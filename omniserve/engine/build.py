@@ -14,14 +14,16 @@ from omniserve.base.config import (
     EngineConfig,
     Options,
     Precision,
+    Sparsity,
     check_model,
     choose_precision,
+    choose_sparsity,
     resolve,
 )
 from omniserve.base.errors import ConfigError
 from omniserve.base.numbers import human_bytes
 from omniserve.base.spec import Device, ModelSpec
-from omniserve.base.types import PAGE
+from omniserve.base.types import PAGE, Kind
 from omniserve.cache.manager import CacheManager
 from omniserve.cache.pool import PagePool
 from omniserve.cache.store import KVStore
@@ -34,7 +36,7 @@ from omniserve.formats.checkpoint import Source, kv_scales, open_checkpoint
 from omniserve.formats.dummy import CONFIGS, DummySource
 from omniserve.formats.hub import fetch, hub_name
 from omniserve.formats.imports import translated
-from omniserve.formats.kv import KVFormat, kv_format
+from omniserve.formats.kv import LOGICAL, KVFormat, kv_format
 from omniserve.formats.table import weight_format
 from omniserve.formats.translated import Translated
 from omniserve.models.decoder import Decoder
@@ -42,7 +44,9 @@ from omniserve.models.families import check_tensors, expected, family
 from omniserve.models.load import load_decoder
 from omniserve.ops.dispatch import choices
 from omniserve.ops.rope import make_rope
-from omniserve.sparsity.policy import Dense, Policy
+from omniserve.sparsity.heads import split
+from omniserve.sparsity.patterns import read_pattern
+from omniserve.sparsity.policy import Dense, Policy, Sparse
 
 LoadProgress = Callable[[str, int, int], None]
 """Called as on_load(phase, done, total)."""
@@ -54,6 +58,9 @@ _LOG = log.get(__name__)
 class MemoryPlan:
     """What the engine takes, in bytes, and how long it took to get there, in seconds by phase.
 
+    kv_bytes, kv_tokens, kv_token_bytes
+              of all kinds of heads, statistics included; tokens that fit of the first kind; of a token while all see it
+    pages     by kind of heads; statistics_bytes: what bounds of keys take of kv_bytes
     rounding  how the weights got their precision, for people; empty for those that have the checkpoint's own 16 bit
     """
 
@@ -62,6 +69,8 @@ class MemoryPlan:
     kv_bytes: int
     kv_tokens: int
     kv_token_bytes: int
+    pages: dict[str, int] = field(default_factory=dict)
+    statistics_bytes: int = 0
     rounding: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -102,6 +111,8 @@ def build(
     stored = None if scheme is None else scheme.precision
     precision = choose_precision(options, stored)
     scales = kv_scales(source, spec.layers) if precision.kv == "kv8" and (not scheme or scheme.kv.static) else None
+    where = torch.device(device.kind)
+    policy = make_policy(spec, choose_sparsity(options), where)
     chosen = dtype or _dtype(options, source, device)
     kv = kv_format(precision.kv, dtype=TORCH[chosen], static=scales is not None)
     config = resolve(
@@ -110,11 +121,10 @@ def build(
         device,
         stored=stored,
         dtype=chosen,
-        token_bytes=kv.token_bytes(spec.kv_heads, spec.head_dim, spec.layers),
+        token_bytes=_token_bytes(kv, policy, Kind.RETRIEVAL, spec),
         free_bytes=device.memory_bytes // 2,
+        streaming_token_bytes=_token_bytes(kv, policy, Kind.STREAMING, spec),
     )
-    where = torch.device(device.kind)
-    policy = Dense(spec)
     opened = time.perf_counter()
     decoder = load_decoder(
         source,
@@ -127,13 +137,15 @@ def build(
         progress=None if on_load is None else lambda done, total: on_load("load", done, total),
     )
     loaded = time.perf_counter()
-    engine, runner, store = make_engine(decoder, kv, config, policy, scales, key_means(source, spec))
+    engine, runner, stores = make_engine(decoder, kv, config, policy, scales, key_means(source, spec))
     plan = MemoryPlan(
         model=Path(source.path if model is None else model).name,
         weight_bytes=decoder.weight_bytes,
-        kv_bytes=store.nbytes,
-        kv_tokens=store.pages * PAGE,
-        kv_token_bytes=kv.token_bytes(spec.kv_heads, spec.head_dim, spec.layers),
+        kv_bytes=sum(store.nbytes for store in stores.values()),
+        kv_tokens=next(iter(stores.values())).pages * PAGE,
+        kv_token_bytes=sum(_token_bytes(kv, policy, kind, spec) for kind in Kind),
+        pages={kind.value: store.pages for kind, store in stores.items()},
+        statistics_bytes=sum(store.statistics.nbytes for store in stores.values()),
         rounding=_rounding(scheme, precision),
         seconds={"open": opened - started, "load": loaded - opened},
     )
@@ -188,34 +200,95 @@ def make_engine(
     policy: Policy,
     scales: list[torch.Tensor] | None,
     key_means: list[torch.Tensor] | None = None,
-) -> tuple[Engine, Runner, KVStore]:
+) -> tuple[Engine, Runner, dict[Kind, KVStore]]:
     """Return an engine around a loaded model: pages as its memory allows, page tables, scheduler.
 
     scales, key_means  of each layer, if the checkpoint has them: static KV8 scales, means of the rotated keys
     """
     limits = config.limits
-    store = KVStore(
-        kv,
-        decoder.spec,
-        memory_bytes=config.cache.memory_bytes,
-        scales=scales,
-        device=decoder.embedding.device,
-        key_means=key_means,
-    )
+    stores = make_stores(decoder, kv, config, policy, scales, key_means)
     runner = Runner(
         decoder,
-        [(layer,) for layer in store.layers],
+        list(zip(*(store.layers for store in stores.values()), strict=True)),
+        policy,
         slots=limits.max_seqs,
         max_len=limits.max_model_len,
         max_step_tokens=limits.max_step_tokens,
-        kinds=len(policy.kinds),
     )
     cache = CacheManager(
-        {kind: PagePool(store.pages) for kind in policy.kinds}, prefix_caching=config.cache.prefix_caching
+        {kind: PagePool(store.pages) for kind, store in stores.items()},
+        prefix_caching=config.cache.prefix_caching,
+        keeps=policy.keeps,
+        unlanded=config.unlanded,
+        by_position=policy.by_position,
+        tiles_from=policy.tiles_from,
     )
     scheduler = Scheduler(limits, cache, seed=config.seed, priorities=config.policy == "priority")
     executor = LocalExecutor(runner, reference=config.backend == "reference")
-    return Engine(scheduler, executor, overlap=config.overlap), runner, store
+    return Engine(scheduler, executor, overlap=config.overlap), runner, stores
+
+
+def make_stores(
+    decoder: Decoder,
+    kv: KVFormat,
+    config: EngineConfig,
+    policy: Policy,
+    scales: list[torch.Tensor] | None,
+    key_means: list[torch.Tensor] | None,
+) -> dict[Kind, KVStore]:
+    """Return the pages of each kind of heads, with what the checkpoint knows of these heads' keys and values."""
+    spec = decoder.spec
+    page_bytes = {kind: PAGE * _token_bytes(kv, policy, kind, spec) for kind in policy.heads}
+    windows = config.cache.streaming_pages
+    pages = {Kind.STREAMING: windows}
+    if Kind.RETRIEVAL in policy.heads:
+        free = config.cache.memory_bytes - windows * page_bytes.get(Kind.STREAMING, 0)
+        pages[Kind.RETRIEVAL] = free // page_bytes[Kind.RETRIEVAL]
+    stores = {}
+    for kind, heads in policy.heads.items():
+        ours = [_heads_of(policy, layer, kind) for layer in range(spec.layers)]
+        stores[kind] = KVStore(
+            kv,
+            heads,
+            spec.head_dim,
+            pages=pages[kind],
+            statistics=kind in policy.statistics,
+            scales=None if scales is None else [s[:, of] for s, of in zip(scales, ours, strict=True)],
+            device=decoder.embedding.device,
+            key_means=None if key_means is None else [m[of] for m, of in zip(key_means, ours, strict=True)],
+        )
+    return stores
+
+
+def _heads_of(policy: Policy, layer: int, kind: Kind) -> slice | list[int]:
+    """Return a layer's key heads of one kind, by their numbers in the checkpoint."""
+    if policy.split is None:
+        return slice(None)
+    order, count = policy.split.order[layer], policy.split.retrieval[layer]
+    return list(order[:count] if kind is Kind.RETRIEVAL else order[count:])
+
+
+def make_policy(spec: ModelSpec, sparsity: Sparsity, device: torch.device) -> Policy:
+    """Return what sparsity means for a model. Raises ConfigError."""
+    if sparsity.off:
+        return Dense(spec)
+    if any(window is not None for window in spec.windows):
+        raise ConfigError("sparsity: this model has a sliding window of its own; serve it with sparsity=off")
+    values = ((1.0,) * spec.kv_heads,) * spec.layers
+    if sparsity.pattern is not None:
+        pattern = read_pattern(sparsity.pattern, layers=spec.layers, heads=spec.kv_heads)
+        values = pattern.values
+        _LOG.info("pattern %s", log.fields(sha256=pattern.digest))
+    heads = split(values, sparsity.streaming)
+    _LOG.info("heads %s", log.fields(retrieval=sum(heads.retrieval), streaming=sum(heads.streaming)))
+    return Sparse(spec, sparsity, heads, device=device)
+
+
+def _token_bytes(kv: KVFormat, policy: Policy, kind: Kind, spec: ModelSpec) -> int:
+    """Return what a token takes in all heads of one kind, with its share of their statistics."""
+    heads = sum(policy.heads.get(kind, ()))
+    bounds = 2 * 2 * spec.head_dim // LOGICAL if kind in policy.statistics else 0
+    return heads * (kv.page_bytes(spec.head_dim) // PAGE + bounds)
 
 
 TORCH: dict[DtypeName, torch.dtype] = {
@@ -251,6 +324,8 @@ def _described(plan: MemoryPlan, config: EngineConfig) -> dict[str, object]:
         "weights": human_bytes(plan.weight_bytes).replace(" ", ""),
         "kv": human_bytes(plan.kv_bytes).replace(" ", ""),
         "kv_tokens": plan.kv_tokens,
+        **{f"{kind}_pages": count for kind, count in plan.pages.items()},
+        "statistics": human_bytes(plan.statistics_bytes).replace(" ", ""),
         "max_model_len": config.limits.max_model_len,
         "overlap": config.overlap,
     }

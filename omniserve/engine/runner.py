@@ -14,6 +14,7 @@ from omniserve.engine.grammar import Matchers, Taking
 from omniserve.models.decoder import Decoder, LayerStores
 from omniserve.ops.batch import Workspace
 from omniserve.ops.sample import CORRUPTED, EXHAUSTED, Logprobs, SampleState, logprobs, sample
+from omniserve.sparsity.policy import Policy
 
 _FAULTS: dict[int, Fault] = {CORRUPTED: "logits", EXHAUSTED: "nothing"}
 SCORE_TILE = 128
@@ -81,17 +82,17 @@ class Runner:
         self,
         model: Decoder,
         stores: LayerStores,
+        policy: Policy,
         *,
         slots: int,
         max_len: int,
         max_step_tokens: int,
-        kinds: int,
     ) -> None:
         device, dtype = model.embedding.device, model.embedding.dtype
         spec = model.spec
         self.model = model
         self.stores = stores
-        self.assembler = Assembler(slots=slots, max_len=max_len, kinds=kinds, device=device)
+        self.assembler = Assembler(policy, slots=slots, max_len=max_len, device=device)
         self._sampling = SampleState(slots, spec.vocab, device)
         self._matchers = Matchers(spec.vocab, device)
         self._logprobs: dict[int, int] = {}  # by slot, how many are asked for

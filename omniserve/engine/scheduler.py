@@ -17,7 +17,7 @@ from bisect import insort
 from collections import deque
 from dataclasses import dataclass, replace
 
-from omniserve.base.config import Limits
+from omniserve.base.config import TILE, Limits
 from omniserve.base.errors import CapacityError, RequestError
 from omniserve.base.types import (
     PAGE,
@@ -163,7 +163,8 @@ class Scheduler:
                 break
             serve(request, count)
 
-        while self._waiting and self._slots and budget:
+        least = 1 if self._limits.tiles_from is None else TILE  # so that whatever starts gets something
+        while self._waiting and self._slots and budget >= least:
             request = self._at = self._waiting[0]
             admission = None if request.flights or self._behind(request) else self._start(request)
             if admission is None:
@@ -216,7 +217,7 @@ class Scheduler:
         if request.reduce is not None and request.issued < request.prompt:
             border = request.scored if request.issued < request.scored else request.prompt
             count = min(count, border - request.issued)
-        return count
+        return self._limits.cut(request.issued, request.issued + count, request.prompt) - request.issued
 
     def _make_room(self, request: Request, count: int) -> None:
         """Reserve pages for a running request, preempting the last, in the end itself, until there is room."""

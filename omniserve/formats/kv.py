@@ -25,6 +25,20 @@ STATIC_ZERO = 128
 """Zero of static int8: codes -128..127 are stored as 0..255."""
 
 
+LOGICAL = 16
+"""Tokens of a logical page, the unit of statistics. It is the format, like the page."""
+
+
+def _half_above(x: Tensor) -> Tensor:
+    """Return the smallest fp16 that is not below x."""
+    half = x.half()
+    short = half.to(x.dtype) < x
+    bits = half.view(torch.int16)
+    # fp16 of one sign are ordered like their bits: up is one more for positive numbers, one less for negative ones.
+    up = torch.where(bits < 0, torch.where(bits == -32768, 1, bits - 1), bits + 1)
+    return torch.where(short, up, bits).to(torch.int16).view(torch.float16)
+
+
 def pack_halves(codes: Tensor) -> Tensor:
     """Return codes 0..15 uint8 [..., D] as bytes [..., D / 2]: byte j holds dim j (low nibble) and j + D / 2 (high).
 
@@ -136,6 +150,8 @@ class LayerPages:
     pages     uint8 [pages, H, bytes], contiguous
     format, head_dim: what the bytes mean
     scale     [2, H] of K and V: given for static formats, else None
+    statistics  fp16 [pages, H, 4, 2, D] or None: smallest and largest stored key, dim by dim, of each logical page of
+              16 tokens; bounds are rounded outwards
     key_mean  [H, D] or None: is subtracted from the rotated keys before they are stored. Nothing is added back: all
               scores of a query shift alike, and softmax does not see it (qoq.md section 3, step 6)
     Raises CheckpointError if a static scale is not positive in fp16.
@@ -146,6 +162,7 @@ class LayerPages:
     head_dim: int
     scale: Tensor | None = None
     key_mean: Tensor | None = None
+    statistics: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Check the shapes and make the views."""
@@ -165,6 +182,11 @@ class LayerPages:
             stored = self.scale.half()
             if not bool(((stored > 0) & torch.isfinite(stored)).all()):
                 raise CheckpointError("a static KV scale is not a positive number that fp16 can hold")
+
+    @property
+    def heads(self) -> int:
+        """Key heads of the group in this layer (H)."""
+        return self.pages.shape[1]
 
     @cached_property
     def codes(self) -> Tensor:
@@ -196,16 +218,38 @@ class LayerPages:
         self._codes_by_slot.index_put_(at, codes)
         if params is not None:
             self._params_by_slot.index_put_(at, params.flatten(2))
+        if self.statistics is not None and slots.numel():
+            self._note(slots, torch.float64 if k.dtype == torch.float64 else torch.float32)
+
+    def _note(self, slots: Tensor, dtype: torch.dtype) -> None:
+        """Make the statistics of the logical pages that hold these slots anew, each up to its last slot among them.
+
+        Keys of a sequence are written in the order of their positions, so what lies behind the last one is of a page's
+        previous life. `dtype` is the one that `attend` reads in.
+        """
+        assert self.statistics is not None
+        touched, inverse = torch.unique(slots // LOGICAL, return_inverse=True)
+        last = torch.zeros_like(touched).scatter_reduce(0, inverse, slots % LOGICAL, "amax", include_self=False)
+        page, part = touched // (PAGE // LOGICAL), touched % (PAGE // LOGICAL)
+        within = torch.arange(LOGICAL, device=slots.device)
+        place = (page[:, None], part[:, None] * LOGICAL + within)
+        codes = self._codes_by_slot[(*place, slice(None), 0)]  # [touched, 16, H, Db]
+        params = self._params_by_slot[(*place, slice(None), slice(0, 2))] if self.format.quantized else None
+        keys = self.format.decode(codes, params, dtype)
+        unused = (within > last[:, None])[..., None, None]
+        low = keys.masked_fill(unused, float("inf")).amin(1)
+        high = keys.masked_fill(unused, float("-inf")).amax(1)
+        self.statistics[page, :, part] = torch.stack((-_half_above(-low), _half_above(high)), 2)
 
     def read(self, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return keys (less their mean) and values [R, H, P * 64, D] of pages ids [R, P], de-quantized in `dtype`.
+        """Return keys (less their mean) and values [R, H, P * 64, D] of pages ids [R, P] or [R, H, P], in `dtype`.
 
         An id below 0 (no page) reads page 0: the caller hides those keys, and unwritten places.
         """
-        rows, listed = ids.shape
-        heads = self.pages.shape[1]
+        rows, listed = ids.shape[0], ids.shape[-1]
+        heads = self.heads
         # Whole page-heads are gathered as bytes: ten times as fast as typed indexing.
-        at = ids.clamp(min=0).long().mul_(heads)[:, None] + self._heads
+        at = ids.view(rows, -1, listed).clamp(min=0).long().mul_(heads) + self._heads
         flat = self.pages.view(-1, self.pages.shape[2]).index_select(0, at.view(-1))
         shape = (rows, heads, listed, 2)
         codes = flat[:, : self._split].view(self.format.element).view(*shape, PAGE, -1).permute(3, 0, 1, 2, 4, 5)

@@ -16,7 +16,8 @@ from omniserve.sparsity.policy import Policy
 class Attention:
     """qkv projection, rotation and page write, attention, output projection.
 
-    layer: its number; qkv: fused q|k|v weight; out: output projection; heads Hq and head_dim D of this rank.
+    layer: its number; qkv: fused q|k|v weight, its heads as the policy sorts them
+    out: output projection; heads Hq and head_dim D of this rank.
     """
 
     layer: int
@@ -38,6 +39,6 @@ class Attention:
         qkv = qkv.view(qkv.shape[0], -1, self.head_dim)
         q = rope_write(qkv, batch.positions, batch.write_slots, stores, self.rope, self.heads)
         out = batch.work.out[: q.shape[0]]
-        groups = self.policy.groups(self.layer, stores, batch)
+        groups = self.policy.groups(self.layer, q, stores, batch)
         attend(q, groups, batch.rows, out, batch.work, scale=self.head_dim**-0.5)
         return self.out.gemm(quantize(out.flatten(1), self.out.wants))

@@ -60,7 +60,7 @@ def _block(reader: "_Reader", spec: ModelSpec, layer: int, policy: Policy, rope:
         norm1=Norm(reader.plain(prefix + "input_layernorm.weight"), spec.norm_eps),
         attention=Attention(
             layer=layer,
-            qkv=reader.linear([attention + name for name in ("q_proj", "k_proj", "v_proj")]),
+            qkv=_qkv(reader, spec, layer, attention, policy),
             out=reader.linear([attention + "o_proj"]),
             rope=_rope(reader, spec, attention, rope),
             policy=policy,
@@ -70,6 +70,16 @@ def _block(reader: "_Reader", spec: ModelSpec, layer: int, policy: Policy, rope:
         norm2=Norm(reader.plain(prefix + "post_attention_layernorm.weight"), spec.norm_eps),
         mlp=_feed_forward(reader, spec, layer, prefix),
     )
+
+
+def _qkv(reader: "_Reader", spec: ModelSpec, layer: int, attention: str, policy: Policy) -> Weight:
+    """Return the fused q|k|v weight, its heads in the policy's order."""
+    q, kv = spec.group * spec.head_dim, spec.head_dim
+    rows = {
+        name: None if policy.split is None else policy.split.rows(layer, size)
+        for name, size in (("q_proj", q), ("k_proj", kv), ("v_proj", kv))
+    }
+    return reader.linear([attention + name for name in rows], list(rows.values()))
 
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
@@ -148,13 +158,21 @@ class _Reader:
         self.total_bytes += weight.nbytes
         return weight
 
-    def linear(self, modules: Sequence[str]) -> Weight:
-        """Return the fused weight of linears that read the same input, rows one after the other."""
+    def linear(self, modules: Sequence[str], rows: Sequence[list[int] | None] | None = None) -> Weight:
+        """Return the fused weight of linears that read the same input, rows one after the other.
+
+        rows  of each linear, the old place of every row; None: as stored. All parameters of a row move along.
+        """
         form = self._format(modules)
-        stored = [self._stored(form, module) for module in modules]
+        places = [None if r is None else torch.tensor(r, device=self._device) for r in rows or [None] * len(modules)]
+        stored = [
+            {name: _moved(tensor, place) for name, tensor in self._stored(form, module).items()}
+            for module, place in zip(modules, places, strict=True)
+        ]
         bias = None
         if f"{modules[0]}.bias" in self._source.names():
-            bias = torch.cat([self._finite(f"{module}.bias").to(self._device, self._dtype) for module in modules])
+            each = (self._finite(f"{module}.bias").to(self._device, self._dtype) for module in modules)
+            bias = torch.cat([_moved(one, place) for one, place in zip(each, places, strict=True)])
         weight = form.bind(form.concat(stored), bias=bias, dtype=self._dtype)
         self.total_bytes += weight.nbytes
         return weight
@@ -184,3 +202,7 @@ class _Reader:
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{self._source.path}: tensor {name} holds NaN or infinity")
         return tensor
+
+
+def _moved(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    return tensor if rows is None else tensor[rows]

@@ -6,12 +6,52 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PageList:
+    """Pages to read.
+
+    ids    int32 [X, P], or [X, H, P] when key heads differ: physical page
+    index  int32, same shape, or None: logical page, whose first key is at position index * 64; None means 0, 1, 2, ...
+    count  int32 [R]: entries in use
+    slots  int64 [R] or None: row r reads ids[slots[r]] and index[slots[r]]; None: X = R
+    """
+
+    ids: Tensor
+    index: Tensor | None
+    count: Tensor
+    slots: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Visible:
+    """Key j is visible to query i when j <= i and (j < sink or j > i - local). Dense: local = None."""
+
+    sink: int = 0
+    local: int | None = None
+
+    def mask(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Return bool [..., queries, keys] from positions [..., queries] and [..., keys]."""
+        i, j = queries[..., :, None], keys[..., None, :]
+        seen = j <= i
+        return seen if self.local is None else seen & ((j < self.sink) | (j > i - self.local))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What the heads of one kind read in a run of adjacent rows; `pages` counts from the first of these rows."""
+
+    rows: range
+    pages: PageList
+    visible: Visible
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """Runs of adjacent tokens that share a page list; rows of produced positions come first.
+    """Runs of adjacent tokens that share a page list; rows of produced positions come first, tiles last.
 
     cu_q     int32 [R + 1]: where each row's tokens begin
     seq_len  int32 [R]: position of a row's last token + 1
     singles  leading rows of produced positions, one token each; a prompt chunk of one token is not among them
+    tiles    trailing rows of prompt positions that choose their pages: each begins at a multiple of the tile
     longest  largest seq_len
     """
 
@@ -19,6 +59,12 @@ class Rows:
     seq_len: Tensor
     singles: int
     longest: int
+    tiles: int = 0
+
+    @property
+    def count(self) -> int:
+        """R."""
+        return int(self.seq_len.shape[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,14 +80,20 @@ class Batch:
 
     tokens       int64 [T]; positions int64 [T]
     write_slots  per kind int64 [T]: physical page * 64 + offset of each token's key and value
-    slots        int64 [R]: request slot of each row
+    slots        int64 [R]: request slot of each row; prompts int64 [R]: prompt length of its request
     tables       per kind int32 [slots, max_pages]: physical page by request slot and logical page
+    windows      what streaming heads read, the same in all layers; empty if there are none
+    memos        per layer int32 [slots, H, P]: logical pages that each slot's request chose at its last refresh;
+                 empty without selection
     """
 
     tokens: Tensor
     positions: Tensor
     write_slots: tuple[Tensor, ...]
     slots: Tensor
+    prompts: Tensor
     tables: tuple[Tensor, ...]
+    windows: tuple[Reading, ...]
+    memos: tuple[Tensor, ...]
     rows: Rows
     work: Workspace

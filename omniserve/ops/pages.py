@@ -13,7 +13,7 @@ from torch import Tensor
 
 from omniserve.base.numbers import ceil_div
 from omniserve.base.types import PAGE
-from omniserve.ops.batch import Rows, Workspace
+from omniserve.ops.batch import Reading, Rows, Workspace
 from omniserve.ops.dispatch import operation
 from omniserve.ops.rope import Rope, norm_heads, rotate
 
@@ -24,58 +24,39 @@ TILE = 256
 class PageStore(Protocol):
     """One layer of one head group's pages."""
 
+    @property
+    def heads(self) -> int:
+        """Key heads of the group in this layer (H); may be 0."""
+
+    @property
+    def statistics(self) -> Tensor | None:
+        """Fp16 [pages, H, J, 2, D]: smallest and largest key, dim by dim, of each logical page; None if not kept."""
+
     def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k, v [T, H, D] at slots int64 [T] (physical page * 64 + offset; -1 skips a token).
 
         A store may subtract a fixed mean from each head's rotated keys first and need not add it back: all scores of a
-        query shift alike, so `attend` gives the same.
+        query shift alike, so `attend` gives the same. Statistics of the logical pages that are touched are made anew
+        from the keys as stored, up to the last one written: they bound what `attend` reads, and nothing stays of what
+        a page held before.
         """
 
     def read(self, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return keys and values [R, H, P * 64, D] of pages ids [R, P], de-quantized; keys less their mean."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PageList:
-    """Pages to read.
-
-    ids    int32 [X, P]: physical page
-    index  int32 [X, P] or None: logical page, whose first key is at position index * 64; None means 0, 1, 2, ...
-    count  int32 [R]: entries in use
-    slots  int64 [R] or None: row r reads ids[slots[r]]; None: X = R
-    """
-
-    ids: Tensor
-    index: Tensor | None
-    count: Tensor
-    slots: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class Visible:
-    """Key j is visible to query i when j <= i and (j < sink or j > i - local). Dense: local = None."""
-
-    sink: int = 0
-    local: int | None = None
-
-    def mask(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Return bool [..., queries, keys] from positions [..., queries] and [..., keys]."""
-        i, j = queries[..., :, None], keys[..., None, :]
-        seen = j <= i
-        return seen if self.local is None else seen & ((j < self.sink) | (j > i - self.local))
+        """Return keys (less their mean) and values [R, H, P * 64, D] of pages ids [R, P] or [R, H, P], de-quantized."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadGroup:
-    """What one kind of heads reads in one layer.
+    """What the heads of one kind read in one layer.
 
-    heads   slice of the Hq query heads; the group has G * H of them
-    pages, visible: which keys; store: the group's pages of this layer
+    heads  slice of the Hq query heads; the group has G * H of them
+    to     int64 [G * H] or None: where each head goes in `out`; None: to `heads`
+    reads  runs of rows that cover every row once; store: the group's pages of this layer
     """
 
     heads: slice
-    pages: PageList
-    visible: Visible
+    to: Tensor | None
+    reads: tuple[Reading, ...]
     store: PageStore
 
 
@@ -99,10 +80,13 @@ def rope_write(
         plain = torch.cat([q, k], 1)
     turned = rotate(plain, positions, rope)
     keys, values = turned[:, heads:], qkv[:, heads + kv_heads :]
-    share = kv_heads // len(stores)
-    for number, (slot, store) in enumerate(zip(slots, stores, strict=True)):
-        of = slice(number * share, (number + 1) * share)
-        store.write(slot, keys[:, of], values[:, of])
+    first = 0
+    for slot, store in zip(slots, stores, strict=True):
+        of = slice(first, first + store.heads)
+        first = of.stop
+        if store.heads:
+            store.write(slot, keys[:, of], values[:, of])
+    assert first == kv_heads, (first, kv_heads)
     return turned[:, :heads]
 
 
@@ -111,7 +95,7 @@ def attend(q: Tensor, groups: tuple[HeadGroup, ...], rows: Rows, out: Tensor, wo
     """Softmax attention of every query over the visible keys of its row's pages, for all head groups.
 
     q    [T, Hq, D], rotated; tokens of a row are adjacent, rows of produced positions first
-    out  [T, Hq, D], dtype of q, allocated by the caller; every head is written once
+    out  [T, Hq, D], dtype of q, allocated by the caller; every head is written once, where its group says
     Softmax and sums in fp32 (fp64 if q is). A token's result depends on its own row alone.
     Source: LServe (arXiv 2502.14866) section 3: block skipping leaves the softmax of the listed keys exact.
     """
@@ -119,81 +103,92 @@ def attend(q: Tensor, groups: tuple[HeadGroup, ...], rows: Rows, out: Tensor, wo
     lengths = rows.seq_len.tolist()
     starts = rows.cu_q.tolist()
     for group in groups:
-        for first, last in _alike(lengths, rows.singles):
-            _attend_singles(q[first:last, group.heads], group, lengths, first, out[first:last, group.heads], scale)
-        for row in range(rows.singles, len(lengths)):
-            span = slice(starts[row], starts[row + 1])
-            _attend_chunk(q[span, group.heads], group, row, lengths[row], out[span, group.heads], scale)
+        to = group.heads if group.to is None else group.to
+        for reading in group.reads:
+            part = _Part(group.store, reading, lengths[reading.rows.start : reading.rows.stop])
+            singles = max(min(rows.singles, reading.rows.stop) - reading.rows.start, 0)
+            for first, last in _alike(part.pages[:singles]):
+                at = slice(reading.rows.start + first, reading.rows.start + last)
+                out[at, to] = _attend_singles(q[at, group.heads], part, first, scale).to(out.dtype)
+            for row in range(singles, len(part.lengths)):
+                at = slice(starts[reading.rows.start + row], starts[reading.rows.start + row + 1])
+                out[at, to] = _attend_chunk(q[at, group.heads], part, row, scale).to(out.dtype)
 
 
-def _alike(lengths: list[int], singles: int) -> Iterator[tuple[int, int]]:
-    """Yield runs of adjacent single rows within a factor of two of each other: padding stays below half."""
+class _Part:
+    """A reading with its rows' lengths and listed pages as plain numbers."""
+
+    def __init__(self, store: PageStore, reading: Reading, lengths: list[int]) -> None:
+        self.store = store
+        self.visible = reading.visible
+        self.list = reading.pages
+        self.lengths = lengths
+        self.dense = reading.pages.index is None
+        self.pages = [ceil_div(length, PAGE) for length in lengths] if self.dense else reading.pages.count.tolist()
+
+    def read(self, first: int, last: int, pages: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Return keys, values [R, H, S, D] and their positions [R or 1, H or 1, S] for rows [first, last)."""
+        slots = self.list.slots
+        where: slice | Tensor = slice(first, last) if slots is None else slots[first:last]
+        ids = self.list.ids[where][..., :pages]
+        k, v = self.store.read(ids, dtype)
+        if self.list.index is None:
+            return k, v, torch.arange(pages * PAGE, device=ids.device)[None, None]
+        index = self.list.index[where][..., :pages].long()
+        positions = (index[..., None] * PAGE + torch.arange(PAGE, device=ids.device)).flatten(-2)
+        return k, v, positions if positions.dim() == 3 else positions[:, None]
+
+
+def _alike(pages: list[int]) -> Iterator[tuple[int, int]]:
+    """Yield runs of adjacent rows whose numbers of pages are within a factor of two: padding stays below half."""
     first = 0
-    low = high = 0
-    for row in range(singles):
-        pages = ceil_div(lengths[row], PAGE)
-        if row > first and max(high, pages) > 2 * min(low, pages):
+    for row in range(1, len(pages) + 1):
+        run = pages[first : row + 1]
+        if row == len(pages) or max(run) > 2 * min(run):
             yield first, row
-            first, low, high = row, pages, pages
-        else:
-            low, high = (min(low, pages), max(high, pages)) if row > first else (pages, pages)
-    if singles > first:
-        yield first, singles
+            first = row
 
 
-def _read(group: HeadGroup, first: int, last: int, pages: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return keys, values [R, H, S, D] and their positions [1 or R, S] for rows [first, last)."""
-    where: slice | Tensor = slice(first, last) if group.pages.slots is None else group.pages.slots[first:last]
-    ids = group.pages.ids[where, :pages]
-    k, v = group.store.read(ids, dtype)
-    within = torch.arange(PAGE, device=ids.device)
-    if group.pages.index is None:
-        return k, v, torch.arange(pages * PAGE, device=ids.device)[None]
-    index = group.pages.index[where, :pages].long()
-    return k, v, (index[..., None] * PAGE + within).flatten(1)
-
-
-def _attend_singles(q: Tensor, group: HeadGroup, lengths: list[int], first: int, out: Tensor, scale: float) -> None:
-    """Rows of one produced position each: q, out [R, G * H, D]."""
+def _attend_singles(q: Tensor, part: _Part, first: int, scale: float) -> Tensor:
+    """Rows of one produced position each: q [R, G * H, D]; returns the like."""
     count = q.shape[0]
-    own = lengths[first : first + count]
-    dense = group.pages.index is None
-    pages = ceil_div(max(own), PAGE) if dense else int(group.pages.count[first : first + count].max())
+    own = part.lengths[first : first + count]
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    k, v, positions = _read(group, first, first + count, pages, exact)
-    if dense and group.visible.local is None and min(own) == max(own):
+    pages = max(part.pages[first : first + count])
+    k, v, positions = part.read(first, first + count, pages, exact)
+    if part.dense and part.visible.local is None and min(own) == max(own):
         k, v = k[:, :, : own[0]], v[:, :, : own[0]]
         mask = None
     else:
-        last = torch.tensor(own, device=q.device)[:, None] - 1
-        mask = group.visible.mask(last, positions)[:, None]  # [R, 1, 1, S]
-        if not dense:
-            listed = torch.arange(pages, device=q.device)[None] < group.pages.count[first : first + count, None]
+        last = torch.tensor(own, device=q.device)[:, None, None] - 1
+        mask = part.visible.mask(last, positions)  # [R, H or 1, 1, S]
+        if not part.dense:
+            listed = torch.arange(pages, device=q.device) < part.list.count[first : first + count, None]
             mask = mask & listed.repeat_interleave(PAGE, 1)[:, None, None]
-    kv_heads = k.shape[1]
-    query = q.to(exact).reshape(count, kv_heads, -1, q.shape[-1])
-    out.copy_(_softmax_times_values(query, k, v, mask, scale).reshape(out.shape))
+    query = q.to(exact).reshape(count, k.shape[1], -1, q.shape[-1])
+    return _softmax_times_values(query, k, v, mask, scale).reshape(q.shape)
 
 
-def _attend_chunk(q: Tensor, group: HeadGroup, row: int, length: int, out: Tensor, scale: float) -> None:
-    """One row of adjacent prompt positions: q, out [t, G * H, D]."""
+def _attend_chunk(q: Tensor, part: _Part, row: int, scale: float) -> Tensor:
+    """One row of adjacent prompt positions: q [t, G * H, D]; returns the like."""
     count, heads, dim = q.shape
+    length = part.lengths[row]
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    dense = group.pages.index is None
-    pages = ceil_div(length, PAGE) if dense else int(group.pages.count[row])
-    k, v, positions = _read(group, row, row + 1, pages, exact)
+    k, v, positions = part.read(row, row + 1, part.pages[row], exact)
     kv_heads = k.shape[1]
     query = q.to(exact).view(count, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3)  # [H, G, t, D]
+    out = torch.empty(count, heads, dim, dtype=exact, device=q.device)
     for begin in range(0, count, TILE):
         end = min(begin + TILE, count)
-        reach = length - count + end if dense else k.shape[2]  # keys that the tile's last query may see
+        reach = length - count + end if part.dense else k.shape[2]  # keys that the tile's last query may see
         asked = torch.arange(length - count + begin, length - count + end, device=q.device)
-        mask = group.visible.mask(asked, positions[0, :reach])  # [tile, S]
+        mask = part.visible.mask(asked, positions[0, :, :reach])  # [H or 1, tile, S]
         tile = query[:, :, begin:end].reshape(kv_heads, -1, dim)  # [H, G * tile, D]
-        mask = mask.repeat(heads // kv_heads, 1)
+        mask = mask.repeat(1, heads // kv_heads, 1)
         done = _softmax_times_values(tile, k[0, :, :reach], v[0, :, :reach], mask, scale)
         done = done.view(kv_heads, heads // kv_heads, end - begin, dim)
-        out[begin:end] = done.permute(2, 0, 1, 3).reshape(end - begin, heads, dim).to(out.dtype)
+        out[begin:end] = done.permute(2, 0, 1, 3).reshape(end - begin, heads, dim)
+    return out
 
 
 def _softmax_times_values(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional
 from omniserve.base.spec import ModelSpec
 from omniserve.formats.kv import KVFormat
 from omniserve.ops.act import ActFormat, Int8, quantize
-from omniserve.ops.pages import Visible
+from omniserve.ops.batch import Visible
 from omniserve.ops.rope import make_rope, norm_heads, rotate
 from omniserve.quantize.layer import FeedForward, Layer
 

@@ -1,37 +1,163 @@
 """Policies: what sparsity means. A policy hands out page lists and holds no state of any request."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
+import torch
+from torch import Tensor
+
+from omniserve.base.config import Sparsity
 from omniserve.base.numbers import ceil_div
 from omniserve.base.spec import ModelSpec
 from omniserve.base.types import PAGE, Kind
-from omniserve.ops.batch import Batch
-from omniserve.ops.pages import HeadGroup, PageList, PageStore, Visible
+from omniserve.cache.keep import KeepRule
+from omniserve.ops.batch import Batch, PageList, Reading, Rows, Visible
+from omniserve.ops.pages import HeadGroup, PageStore
+from omniserve.sparsity.heads import HeadSplit
+from omniserve.sparsity.topk import PageSelector, whole
 
 
 class Policy(Protocol):
     """Decides which keys are kept in memory and which are read."""
 
     @property
-    def kinds(self) -> tuple[Kind, ...]:
-        """Kinds of heads that have pages of their own, in the order of the head groups."""
+    def split(self) -> HeadSplit | None:
+        """The order that heads are sorted into when weights load; None: as they come."""
 
-    def groups(self, layer: int, stores: tuple[PageStore, ...], batch: Batch) -> tuple[HeadGroup, ...]:
-        """Return what each kind of heads reads in a layer this step."""
+    @property
+    def heads(self) -> dict[Kind, tuple[int, ...]]:
+        """Key heads by layer of each kind that has any, in the order of the head groups."""
+
+    @property
+    def statistics(self) -> frozenset[Kind]:
+        """Kinds whose page statistics are read."""
+
+    @property
+    def keeps(self) -> dict[Kind, KeepRule]:
+        """Kinds whose pages are given up, and when."""
+
+    @property
+    def by_position(self) -> bool:
+        """True if produced positions are computed by another rule than those of a prompt."""
+
+    @property
+    def tiles_from(self) -> int | None:
+        """First prompt position whose queries choose their pages by tiles; None if there is none."""
+
+    def memos(self, *, slots: int, pages: int, device: torch.device) -> tuple[Tensor, ...]:
+        """Return what outlives a step on the device, per layer by request slot (`Batch.memos`)."""
+
+    def windows(self, tables: Sequence[Tensor], slots: Tensor, rows: Rows) -> tuple[Reading, ...]:
+        """Return what is the same for all layers of a step (`Batch.windows`)."""
+
+    def groups(self, layer: int, q: Tensor, stores: tuple[PageStore, ...], batch: Batch) -> tuple[HeadGroup, ...]:
+        """Return what each kind of heads reads in a layer this step; q [T, Hq, D], rotated, heads sorted."""
 
 
 class Dense:
     """Every head sees every key, or those of the model's own sliding window."""
 
-    kinds: tuple[Kind, ...] = (Kind.RETRIEVAL,)
+    split: HeadSplit | None = None
+    statistics: frozenset[Kind] = frozenset()
+    by_position = False
+    tiles_from: int | None = None
 
     def __init__(self, spec: ModelSpec) -> None:
+        self.heads = {Kind.RETRIEVAL: (spec.kv_heads,) * spec.layers}
+        self.keeps: dict[Kind, KeepRule] = {}
         self._heads = slice(0, spec.heads)
         self._visible = [Visible(local=window) for window in spec.windows or (None,) * spec.layers]
 
-    def groups(self, layer: int, stores: tuple[PageStore, ...], batch: Batch) -> tuple[HeadGroup, ...]:
+    def memos(self, *, slots: int, pages: int, device: torch.device) -> tuple[Tensor, ...]:
+        """Return nothing: a dense model remembers nothing beside its pages."""
+        return ()
+
+    def windows(self, tables: Sequence[Tensor], slots: Tensor, rows: Rows) -> tuple[Reading, ...]:
+        """Return nothing: no head streams."""
+        return ()
+
+    def groups(self, layer: int, q: Tensor, stores: tuple[PageStore, ...], batch: Batch) -> tuple[HeadGroup, ...]:
         """Return one group whose list is the device table itself, by request slot."""
-        count = (batch.rows.seq_len + PAGE - 1) // PAGE
-        assert batch.rows.longest <= batch.tables[0].shape[1] * PAGE, ceil_div(batch.rows.longest, PAGE)
-        pages = PageList(ids=batch.tables[0], index=None, count=count, slots=batch.slots)
-        return (HeadGroup(heads=self._heads, pages=pages, visible=self._visible[layer], store=stores[0]),)
+        every = range(batch.rows.count)
+        reading = Reading(rows=every, pages=whole(batch, batch.tables[0], every), visible=self._visible[layer])
+        return (HeadGroup(heads=self._heads, to=None, reads=(reading,), store=stores[0]),)
+
+
+class Sparse:
+    """LServe: streaming heads see sink and window, retrieval heads choose pages; each part can be off.
+
+    Source: LServe (arXiv 2502.14866). Windows are token-exact; the rules go by position, see sparsity/topk.py.
+    """
+
+    def __init__(self, spec: ModelSpec, sparsity: Sparsity, split: HeadSplit, *, device: torch.device) -> None:
+        self.split: HeadSplit | None = split
+        self.by_position = True
+        self.tiles_from = sparsity.tiles_from
+        selects = sparsity.budget is not None or sparsity.prefill_budget is not None
+        self.statistics = frozenset({Kind.RETRIEVAL} if selects else ())
+        counts = {Kind.RETRIEVAL: split.retrieval, Kind.STREAMING: split.streaming}
+        self.heads = {kind: heads for kind, heads in counts.items() if any(heads)}
+        rule = KeepRule(sink=sparsity.sink, prompt_local=sparsity.prefill_local, local=sparsity.local)
+        self.keeps = {Kind.STREAMING: rule} if Kind.STREAMING in self.heads else {}
+        self._spec = spec
+        self._kinds = tuple(self.heads)
+        self._sparsity = sparsity
+        self._selector = PageSelector(sparsity, spec.head_dim**-0.5)
+        places = (split.rows(layer, spec.group) for layer in range(spec.layers))
+        self._places = [None if rows is None else torch.tensor(rows, device=device) for rows in places]
+
+    def memos(self, *, slots: int, pages: int, device: torch.device) -> tuple[Tensor, ...]:
+        """Return per layer int32 [slots, H, P]: the pages that a slot's request chose last."""
+        counts = self.heads.get(Kind.RETRIEVAL, ())
+        return tuple(self._selector.memo(slots=slots, heads=heads, pages=pages, device=device) for heads in counts)
+
+    def windows(self, tables: Sequence[Tensor], slots: Tensor, rows: Rows) -> tuple[Reading, ...]:
+        """Return the pages of the sink and of the windows, for produced positions and for those of prompts."""
+        if Kind.STREAMING not in self.heads:
+            return ()
+        table = tables[self._kinds.index(Kind.STREAMING)]
+        begin = rows.seq_len.long() - (rows.cu_q[1:] - rows.cu_q[:-1]).long()  # position of a row's first query
+        sink = self._sparsity.sink
+        reads = []
+        spans = (
+            (range(rows.singles), self._sparsity.local),
+            (range(rows.singles, rows.count), self._sparsity.prefill_local),
+        )
+        for span, local in spans:
+            if span:
+                of = slice(span.start, span.stop)
+                pages = _window(table[slots[of]], begin[of], rows.seq_len[of].long(), sink, local)
+                reads.append(Reading(rows=span, pages=pages, visible=Visible(sink=sink, local=local)))
+        return tuple(reads)
+
+    def groups(self, layer: int, q: Tensor, stores: tuple[PageStore, ...], batch: Batch) -> tuple[HeadGroup, ...]:
+        """Return a group for each kind that has heads in this layer."""
+        groups = []
+        first = 0
+        for kind, store, table in zip(self._kinds, stores, batch.tables, strict=True):
+            heads = slice(first, first + self._spec.group * store.heads)
+            first = heads.stop
+            if not store.heads:
+                continue
+            reads = batch.windows
+            if kind is Kind.RETRIEVAL:
+                reads = self._selector.reads(layer, q[:, heads], store, batch, table)
+            places = self._places[layer]
+            to = None if places is None else places[heads]
+            groups.append(HeadGroup(heads=heads, to=to, reads=reads, store=store))
+        return tuple(groups)
+
+
+def _window(table: Tensor, begin: Tensor, end: Tensor, sink: int, local: int) -> PageList:
+    """Return sink and window pages of rows whose queries stand at positions [begin, end), each page once, ascending.
+
+    table [R, max_pages]
+    """
+    opening = (begin - local + 1).clamp(min=0) // PAGE  # the page of the first key that a window shows
+    leading = opening.clamp(max=ceil_div(sink, PAGE))
+    count = leading + (end - 1) // PAGE - opening + 1
+    place = torch.arange(int(count.max()), device=table.device)[None]
+    index = torch.where(place < leading[:, None], place, place - leading[:, None] + opening[:, None])
+    index = index.clamp(max=table.shape[1] - 1)
+    ids = torch.gather(table, 1, index)
+    return PageList(ids=ids, index=index.to(torch.int32), count=count.to(torch.int32), slots=None)

@@ -9,20 +9,21 @@ from typing import Any, Literal
 
 import torch
 
-from omniserve.base.config import CacheLimits, DtypeName, EngineConfig, Limits, Precision
+from omniserve.base.config import CacheLimits, DtypeName, EngineConfig, Limits, Precision, Sparsity
 from omniserve.base.spec import Device, ModelSpec
-from omniserve.base.types import PAGE, Output, Request, SamplingParams, TokenLogprobs
-from omniserve.engine.build import TORCH, make_engine
+from omniserve.base.types import PAGE, Kind, Output, Request, SamplingParams, TokenLogprobs
+from omniserve.engine.build import TORCH, _token_bytes, make_engine
 from omniserve.engine.engine import Engine
 from omniserve.engine.runner import Runner
-from omniserve.formats.checkpoint import kv_scales, open_checkpoint
+from omniserve.formats.checkpoint import open_checkpoint
 from omniserve.formats.kv import KVFormat, kv_format
 from omniserve.formats.table import weight_format
 from omniserve.models.decoder import Decoder
 from omniserve.models.families import family
 from omniserve.models.load import load_decoder
 from omniserve.ops.rope import make_rope
-from omniserve.sparsity.policy import Dense
+from omniserve.sparsity.heads import split
+from omniserve.sparsity.policy import Dense, Policy, Sparse
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")
@@ -31,9 +32,10 @@ CONTEXT = 320
 
 @dataclass(frozen=True)
 class Shape:
-    """How an engine is cut; no field may change a token."""
+    """How an engine is cut; no field may change a token. windows: pages of streaming heads, 0 for what is planned."""
 
     pages: int = 64
+    windows: int = 0
     seqs: int = 8
     step: int = 512
     prefix: bool = True
@@ -65,49 +67,96 @@ class Loaded:
     scales: list[torch.Tensor] | None
     precision: Precision
     dtype: DtypeName
+    policy: Policy
+    sparsity: Sparsity
+    key_means: list[torch.Tensor] | None
 
     def engine(self, shape: Shape) -> tuple[Engine, Runner]:
-        per_page = self.kv.token_bytes(self.spec.kv_heads, self.spec.head_dim, self.spec.layers) * PAGE
+        page = {kind: _token_bytes(self.kv, self.policy, kind, self.spec) * PAGE for kind in Kind}
+        limits = Limits(
+            max_model_len=CONTEXT,
+            max_seqs=shape.seqs,
+            max_step_tokens=shape.step,
+            tiles_from=self.sparsity.tiles_from,
+        )
+        windows = 0
+        if page[Kind.STREAMING]:
+            unlanded = shape.step * (2 if shape.overlap else 1)
+            windows = self.sparsity.streaming_pages(seqs=shape.seqs, unlanded=unlanded, longest=CONTEXT)
+            windows = shape.windows or windows
+        memory = shape.pages * page[Kind.RETRIEVAL] + windows * page[Kind.STREAMING]
         config = EngineConfig(
             precision=self.precision,
             dtype=self.dtype,
             device=Device(kind="cpu", memory_bytes=0),
             backend=shape.backend,
-            limits=Limits(max_model_len=CONTEXT, max_seqs=shape.seqs, max_step_tokens=shape.step),
-            cache=CacheLimits(memory_bytes=shape.pages * per_page, prefix_caching=shape.prefix),
+            limits=limits,
+            cache=CacheLimits(memory_bytes=memory, prefix_caching=shape.prefix, streaming_pages=windows),
             overlap=shape.overlap,
             seed=0,
             policy="priority" if shape.priorities else "fcfs",
+            sparsity=self.sparsity,
         )
-        engine, runner, store = make_engine(self.decoder, self.kv, config, Dense(self.spec), self.scales)
-        assert store.pages == shape.pages
+        engine, runner, stores = make_engine(self.decoder, self.kv, config, self.policy, self.scales, self.key_means)
+        if Kind.RETRIEVAL in stores:
+            assert stores[Kind.RETRIEVAL].pages == shape.pages
         return engine, runner
 
 
 @functools.cache
-def load(word: str, group: int = 128, *, static: bool = False, dtype: DtypeName = "float64") -> Loaded:
-    """A random two-layer model whose sizes are no multiples of 128; loaded once for each precision and process."""
+def load(
+    word: str,
+    group: int = 128,
+    *,
+    static: bool = False,
+    key_mean: bool = False,
+    dtype: DtypeName = "float64",
+    sparsity: Sparsity = Sparsity(),  # noqa: B008  # frozen
+    order: tuple[tuple[float, ...], ...] = ((0.2, 0.8, 0.5), (0.9, 0.1, 0.3)),
+    model: str = "llama",
+) -> Loaded:
+    """A random two-layer model whose sizes are no multiples of 128; loaded once for each precision and process.
+
+    Its head is a matrix of its own: with tied embeddings a random model repeats one token, whatever it reads, and no
+    law about tokens could fail.
+
+    order  how much each of its three key heads retrieves; static, key_mean: KV scales and key means of its own
+    """
     precision = Precision.parse(word, group)
-    extra = None
-    if static:
-        extra = {
-            f"model.layers.{layer}.self_attn.kv_scale": torch.tensor([[0.05, 0.06], [0.02, 0.03]]) for layer in (0, 1)
-        }
+    generator = torch.Generator().manual_seed(3)
+    scales = [0.02 + 0.05 * torch.rand(2, 3, generator=generator) for _ in range(2)]
+    means = [torch.randn(3, 16, generator=generator) for _ in range(2)]
     with tempfile.TemporaryDirectory() as name:
-        source = open_checkpoint(tiny_model(Path(name), ffn=200, vocab=211, context=CONTEXT, extra=extra))
+        source = open_checkpoint(
+            tiny_model(
+                Path(name), model, heads=6, kv_heads=3, ffn=200, vocab=211, context=CONTEXT, layers=2, tied=False
+            )
+        )
         spec = family(source.config).spec(source.config)
-        scales = kv_scales(source, spec.layers)
+        policy: Policy = Dense(spec)
+        if not sparsity.off:
+            policy = Sparse(spec, sparsity, split(order, sparsity.streaming), device=CPU)
         decoder = load_decoder(
             source,
             spec,
             weights=weight_format(precision.weight, precision.group),
             dtype=TORCH[dtype],
             device=CPU,
-            policy=Dense(spec),
+            policy=policy,
             rope=make_rope(spec.rope, head_dim=spec.head_dim, context=CONTEXT, device=CPU),
         )
     kv = kv_format(precision.kv, dtype=TORCH[dtype], static=static)
-    return Loaded(spec, decoder, kv, scales, precision, dtype)
+    return Loaded(
+        spec,
+        decoder,
+        kv,
+        scales if static else None,
+        precision,
+        dtype,
+        policy,
+        sparsity,
+        means if key_mean else None,
+    )
 
 
 def request(name: str, ask: Ask) -> Request:

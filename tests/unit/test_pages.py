@@ -8,8 +8,8 @@ from torch import Tensor
 
 from omniserve.base.spec import RopeSpec
 from omniserve.base.types import PAGE
-from omniserve.ops.batch import Rows, Workspace
-from omniserve.ops.pages import HeadGroup, PageList, Visible, attend, rope_write
+from omniserve.ops.batch import PageList, Reading, Rows, Visible, Workspace
+from omniserve.ops.pages import HeadGroup, attend, rope_write
 from omniserve.ops.rope import make_rope, rotate
 
 D = 8
@@ -18,9 +18,12 @@ D = 8
 class PlainStore:
     """Pages of unquantized numbers."""
 
+    statistics = None
+
     def __init__(self, pages: int, heads: int, fill: float = float("nan")) -> None:
         self.k = torch.full((pages, heads, PAGE, D), fill, dtype=torch.float64)
         self.v = self.k.clone()
+        self.heads = heads
 
     def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
         used = slots >= 0
@@ -29,8 +32,9 @@ class PlainStore:
         self.v[page, :, offset] = v[used].double()
 
     def read(self, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        k, v = self.k[ids.long()], self.v[ids.long()]  # [R, P, H, 64, D]
-        return tuple(x.transpose(1, 2).flatten(2, 3).to(dtype) for x in (k, v))  # type: ignore[return-value]
+        of = torch.arange(self.heads)[:, None]
+        at = (ids if ids.dim() == 3 else ids[:, None]).long()  # [R, H or 1, P]
+        return self.k[at, of].flatten(2, 3).to(dtype), self.v[at, of].flatten(2, 3).to(dtype)
 
 
 def truth(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, visible: Visible) -> Tensor:
@@ -80,7 +84,8 @@ def rows_of(counts: list[int], lengths: list[int], singles: int) -> Rows:
 
 def run(q: Tensor, store: PlainStore, pages: PageList, rows: Rows, visible: Visible) -> Tensor:
     out = torch.empty_like(q)
-    group = HeadGroup(heads=slice(0, q.shape[1]), pages=pages, visible=visible, store=store)
+    reading = Reading(rows=range(rows.count), pages=pages, visible=visible)
+    group = HeadGroup(heads=slice(0, q.shape[1]), to=None, reads=(reading,), store=store)
     attend(q, (group,), rows, out, Workspace(out=out), scale=0.3)
     return out
 

@@ -1,0 +1,126 @@
+"""Retrieval heads that choose their pages: at produced positions, and by tiles of prompt positions.
+
+The rule belongs to the position. A produced position p of a prompt of n tokens reads the pages chosen at its refresh
+position r = p - (p - n) % interval, and the page that began since, if one did. What outlives a step, the choice of each
+slot's request, lies in `Batch.memos`; the first produced position refreshes, so nothing of an earlier request is read.
+
+Whatever chooses: the first page (sink) and the newest (a tile's own pages) are always in the list, inside the budget,
+and lists are in ascending order. Pages the scorer ranks are complete by the refresh position, so tokens that are
+written in the same step (a replay, a longer chunk) cannot change a choice.
+"""
+
+import torch
+from torch import Tensor
+
+from omniserve.base.config import TILE, Sparsity
+from omniserve.base.numbers import ceil_div
+from omniserve.base.types import PAGE
+from omniserve.ops.batch import Batch, PageList, Reading, Visible
+from omniserve.ops.pages import PageStore
+from omniserve.ops.select import score_pages, score_tiles, top_pages
+
+
+class PageSelector:
+    """Chooses pages for the retrieval heads of a layer. Immutable; the choices live in the batch's memo."""
+
+    def __init__(self, sparsity: Sparsity, scale: float) -> None:
+        self._budget = None if sparsity.budget is None else sparsity.budget // PAGE
+        self._tile_budget = None if sparsity.prefill_budget is None else sparsity.prefill_budget // PAGE
+        self._interval = sparsity.interval
+        self._scale = scale
+
+    def memo(self, *, slots: int, heads: int, pages: int, device: torch.device) -> Tensor:
+        """Return the memo of one layer: int32 [slots, H, P]."""
+        size = 0 if self._budget is None else min(self._budget, pages)
+        return torch.zeros(slots, heads, size, dtype=torch.int32, device=device)
+
+    def reads(self, layer: int, q: Tensor, store: PageStore, batch: Batch, table: Tensor) -> tuple[Reading, ...]:
+        """Return what the layer's retrieval heads read this step; q [T, G * H, D] are their queries, rotated."""
+        rows = batch.rows
+        chosen = rows.singles if self._budget is not None else 0
+        reads = []
+        if chosen:
+            reads.append(Reading(rows=range(chosen), pages=self._selected(layer, q, store, batch, table), visible=_ALL))
+        plain = range(chosen, rows.count - rows.tiles)
+        if plain:
+            reads.append(Reading(rows=plain, pages=whole(batch, table, plain), visible=_ALL))
+        if rows.tiles:
+            reads.append(self._tiles(q, store, batch, table))
+        return tuple(reads)
+
+    def _selected(self, layer: int, q: Tensor, store: PageStore, batch: Batch, table: Tensor) -> PageList:
+        """Return the pages of the single rows, refreshing the choices that are due and remembering them."""
+        singles, memo = batch.rows.singles, batch.memos[layer]
+        slots, prompts = batch.slots[:singles], batch.prompts[:singles]
+        position = batch.rows.seq_len[:singles].long() - 1
+        since = (position - prompts) % self._interval
+        refreshed = position - since
+        due = (since == 0).nonzero()[:, 0]
+        chosen = memo[slots]
+        if due.numel():
+            fresh = self._choose(q[due], store, table[slots[due]], refreshed[due] // PAGE + 1, memo.shape[2])
+            # The rows of a request are adjacent and ascend by one position, so its refresh row lies `since` rows back.
+            row = torch.arange(singles, device=q.device)
+            source = row - since
+            here = (source >= 0) & (slots[source.clamp(min=0)] == slots)
+            place = torch.empty_like(row)
+            place[due] = torch.arange(due.shape[0], device=q.device)
+            chosen = torch.where(here[:, None, None], fresh[place[source.clamp(min=0)] * here], chosen)
+            following = (due + self._interval).clamp(max=singles - 1)
+            last = (due + self._interval >= singles) | (slots[following] != slots[due])
+            memo[slots[due[last]]] = fresh[last]
+        newest, newest_then = position // PAGE, refreshed // PAGE
+        kept = (newest_then + 1).clamp(max=memo.shape[2])
+        # One place more than the memo has, for the page that began since: it follows the chosen ones.
+        index = torch.cat((chosen, chosen[..., :1]), -1)
+        behind = torch.arange(index.shape[2], device=q.device) == kept[:, None]
+        index = torch.where(behind[:, None], newest[:, None, None].to(torch.int32), index)
+        count = kept + (newest > newest_then)
+        return _listed(table[slots], index, count)
+
+    def _choose(self, q: Tensor, store: PageStore, table: Tensor, pages: Tensor, budget: int) -> Tensor:
+        """Return the chosen logical pages [R, H, budget] of queries [R, G * H, D]; `pages` of them exist."""
+        longest = int(pages.max())
+        assert store.statistics is not None
+        scores = score_pages(q, store.statistics, table[:, :longest])
+        forced = torch.zeros(pages.shape[0], longest, dtype=torch.bool, device=q.device)
+        forced[:, 0] = True
+        forced.scatter_(1, pages[:, None] - 1, True)
+        return top_pages(scores, pages, forced, budget)
+
+    def _tiles(self, q: Tensor, store: PageStore, batch: Batch, table: Tensor) -> Reading:
+        """Return what the tiles of prompt positions read: each a list of its own."""
+        rows, budget = batch.rows, self._tile_budget
+        assert budget is not None and store.statistics is not None
+        span = range(rows.count - rows.tiles, rows.count)
+        first, stop = rows.cu_q[span.start : -1].long(), rows.cu_q[span.start + 1 :].long()
+        end = rows.seq_len[span.start :].long()
+        pages = (end + PAGE - 1) // PAGE
+        longest = int(pages.max())
+        mine = (end - (stop - first)) // PAGE  # the first page of a tile's own
+        of = torch.minimum(first[:, None] + torch.arange(TILE, device=q.device), stop[:, None] - 1)
+        ids = table[batch.slots[span.start :], :longest]
+        page = torch.arange(longest, device=q.device)
+        own = page >= mine[:, None]
+        # The tile's own pages are listed in any case, and hold tokens that some of its queries do not see.
+        scores = score_tiles(q[of], store.statistics, ids, mine, self._scale)
+        chosen = top_pages(scores, pages, (page == 0) | own, min(budget, longest))
+        listed = _listed(table[batch.slots[span.start :]], chosen, pages.clamp(max=budget))
+        return Reading(rows=span, pages=listed, visible=_ALL)
+
+
+_ALL = Visible()
+
+
+def whole(batch: Batch, table: Tensor, rows: range) -> PageList:
+    """Return the list of all pages of these rows: the device table itself, by request slot."""
+    span = slice(rows.start, rows.stop)
+    assert batch.rows.longest <= table.shape[1] * PAGE, ceil_div(batch.rows.longest, PAGE)
+    return PageList(ids=table, index=None, count=(batch.rows.seq_len[span] + PAGE - 1) // PAGE, slots=batch.slots[span])
+
+
+def _listed(table: Tensor, index: Tensor, count: Tensor) -> PageList:
+    """Return the list of logical pages index [R, H, P] of sequences with tables [R, max_pages]."""
+    at = index.long().clamp(max=table.shape[1] - 1)
+    ids = torch.gather(table[:, None].expand(-1, index.shape[1], -1), 2, at)
+    return PageList(ids=ids, index=index, count=count.to(torch.int32), slots=None)
