@@ -301,7 +301,7 @@ class LLM:
 
     def operations(self) -> dict[str, str]:
         """Return operation -> name of the implementation that serves it."""
-        return choices(self.config.device.kind)
+        return choices(self.config.device.kind, reference=self.config.backend == "reference")
 
     def close(self) -> None:
         """Drop what is under way."""

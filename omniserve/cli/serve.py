@@ -10,7 +10,8 @@ from cyclopts import Group, Parameter
 
 from omniserve.base.config import Options
 from omniserve.base.serving import NAMES, ServerOptions
-from omniserve.cli.flags import NO_FLAGS, Common, EngineFlags, Whole, layers, server_layers
+from omniserve.cli.flags import NO_FLAGS, Common, EngineFlags, Whole, server_layers
+from omniserve.cli.flags import settings as engine_settings
 from omniserve.cli.loading import leaving_at_once, need_torch
 from omniserve.cli.output import Bars, say, warn
 
@@ -138,7 +139,7 @@ def leave(code: int) -> NoReturn:
 
 def settings(server: ServerFlags, engine: EngineFlags, common: Common) -> tuple[Options, ServerOptions]:
     """Return the options of engine and server: flag, then environment, then `--config` file."""
-    options, _ = layers(engine, common)
+    options = engine_settings(engine, common)
     values = {one.name: getattr(server, one.name) for one in fields(server)}
     values["log_level"] = common.log_level
     known = {name: value for name, value in values.items() if name in NAMES and value is not None}

@@ -150,7 +150,7 @@ def build(
         seconds={"open": opened - started, "load": loaded - opened},
     )
     _LOG.info("plan %s", log.fields(**_described(plan, config)))
-    _LOG.info("operations %s", log.fields(**choices(device.kind)))
+    _LOG.info("operations %s", log.fields(**choices(device.kind, reference=config.backend == "reference")))
     return Built(
         engine=engine,
         runner=runner,

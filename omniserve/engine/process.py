@@ -593,7 +593,7 @@ def described(built: "Built") -> Ready:
         heads=(Kind.RETRIEVAL.value[0] * spec.kv_heads,) * spec.layers,
         rounding=built.plan.rounding,
         seconds=built.plan.seconds,
-        operations=choices(built.config.device.kind),
+        operations=choices(built.config.device.kind, reference=built.config.backend == "reference"),
         warnings=built.warnings,
     )
 

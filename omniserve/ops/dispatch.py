@@ -94,6 +94,9 @@ def force_reference() -> Iterator[None]:
         _forced.reference = before
 
 
-def choices(device: str) -> dict[str, str]:
-    """Return operation -> name of the implementation that serves it on `device`."""
-    return {name: op.pick(device).name for name, op in sorted(TABLE.items())}
+def choices(device: str, *, reference: bool = False) -> dict[str, str]:
+    """Return operation -> name of the implementation that serves it on `device`.
+
+    reference  within `force_reference`
+    """
+    return {name: "reference" if reference else op.pick(device).name for name, op in sorted(TABLE.items())}

@@ -368,6 +368,22 @@ def test_mistakes(run: Callable[..., Ran], tiny: Path, tmp_path: Path) -> None:
         check_refusal(run("serve", tiny, "--config", config), words)
 
 
+def test_kernels_that_are_not_there(run: Callable[..., Ran], tmp_path: Path) -> None:
+    """Row 25: exit 2 and the name of what is missing, from the engine's own process as well; nothing else serves."""
+    check_refusal(run("serve", tmp_path, "--backend", "triton"), "backend", "triton", "auto, reference")
+    check_refusal(run("serve", tmp_path, "--precision", "w2a8"), "w2a8", "w4a8kv4")
+    dummy = ("serve", "--load-format", "dummy", "--shape", "tiny", "--port", "0")
+    ran = subprocess.run(
+        [*Server.COMMAND, "omniserve", *dummy, "--device", "cuda"],
+        capture_output=True,
+        text=True,
+        env=Server.environment(),
+        timeout=120,
+    )
+    assert ran.returncode == 2, ran.stderr
+    assert ran.stderr.splitlines()[-1].startswith("omniserve: error: device=cuda: this version has no GPU kernels")
+
+
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     """Exit 2 with the engine's sentence."""
     ran = subprocess.run(
