@@ -135,6 +135,18 @@ def test_what_is_copied_runs(page: Page, keyed: Server, tmp_path: Path) -> None:
     assert ran.stdout == answer + "\n"
 
 
+def test_answers_that_follow_a_schema(page: Page, keyed: Server) -> None:
+    page.open(keyed.url, wait="needs a key")
+    enter_key(page, KEY)
+    page.until("document.getElementById('state').textContent === 'ready'")
+    page.get("settings-button").click()
+    schema = {"type": "object", "properties": {"wet": {"enum": ["yes", "no"]}}, "required": ["wet"]}
+    page.get("schema").send_keys(json.dumps(schema | {"additionalProperties": False}))
+    page.send("Is water wet?")
+    assert json.loads(page.answered())["wet"] in ("yes", "no")
+    assert page.all(".turn.assistant .text > pre > code")
+
+
 def test_stop(page: Page, parrot: Server) -> None:
     page.open(parrot.url)
     page.send("Go on for ever")
