@@ -208,6 +208,13 @@ def eventually(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
+def until_quiet(seconds: float) -> None:
+    """Wait until others leave a core to us, at most so long."""
+    end = time.monotonic() + seconds
+    while os.getloadavg()[0] > 1.0 and time.monotonic() < end:
+        time.sleep(1)
+
+
 def program(**settings: Any) -> Server:
     """A server of tests.server.program."""
     return Server(["tests.server.program", json.dumps(settings)])

@@ -1,8 +1,6 @@
 """Many requests at once: what clients get, what is freed, who is hurt (rows 13, 17, 22, 26 of docs/security.md)."""
 
-import os
 import socket
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +9,16 @@ from typing import Any
 import pytest
 
 from tests.cli.commands import ROOT, environment
-from tests.server.harness import Server, answer_of, check_error, events, eventually, request_bytes, serving
+from tests.server.harness import (
+    Server,
+    answer_of,
+    check_error,
+    events,
+    eventually,
+    request_bytes,
+    serving,
+    until_quiet,
+)
 from tests.server.load import run
 
 LETTERS = {"prompt": [1, 2, 3], "temperature": 0, "ignore_eos": True}
@@ -51,13 +58,6 @@ def best(measure: Callable[[], float], enough: Callable[[float], bool], tries: i
             break
         until_quiet(30)
     return found
-
-
-def until_quiet(seconds: float) -> None:
-    """Wait until others leave a core to us, at most so long."""
-    end = time.monotonic() + seconds
-    while os.getloadavg()[0] > 1.0 and time.monotonic() < end:
-        time.sleep(1)
 
 
 @pytest.mark.long
