@@ -13,7 +13,7 @@ from typing import Any, Literal, cast, get_args, get_origin
 from omniserve.base.errors import CapacityError, ConfigError
 from omniserve.base.numbers import human_bytes
 from omniserve.base.spec import Device, ModelSpec
-from omniserve.base.types import PAGE
+from omniserve.base.types import PAGE, Kind
 
 WeightName = Literal["w4a8", "w8a8", "w16a16"]
 KVName = Literal["kv4", "kv8", "kv16", "kv32"]
@@ -205,6 +205,18 @@ class Sparsity:
     def off(self) -> bool:
         """True if every head sees everything."""
         return not self.streaming and self.budget is None and self.prefill_budget is None
+
+    @property
+    def name(self) -> str:
+        """The word of `--sparsity`."""
+        selects = self.budget is not None
+        return ("lserve" if selects else "static") if self.streaming else "dynamic" if selects else "off"
+
+    def pages_read(self, kind: Kind, held: int) -> int:
+        """Return how many of the pages that a request holds for a kind of heads a produced token reads, at most."""
+        if kind is Kind.STREAMING:
+            return min(held, -(-self.sink // PAGE) + -(-self.local // PAGE) + 1)
+        return held if self.budget is None else min(held, self.budget // PAGE)
 
     @property
     def tiles_from(self) -> int | None:

@@ -256,9 +256,12 @@ class CacheManager:
         for pool in self._pools:
             pool.forget()
 
-    def holdings(self) -> list[int]:
-        """Return how many pages each running request holds, of all kinds together."""
-        return [sum(map(len, table.pages)) for table in self._tables.values()]
+    def holdings(self) -> list[dict[Kind, int]]:
+        """Return how many pages of each kind each running request holds."""
+        return [
+            {kind: len(pages) - pages.count(_GONE) for kind, pages in zip(self.pools, table.pages, strict=True)}
+            for table in self._tables.values()
+        ]
 
     def moves(self) -> tuple[PageMoves, ...]:
         """Return, per kind, the cells of the page tables that changed since the last call, each at most once."""

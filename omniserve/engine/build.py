@@ -77,7 +77,7 @@ class MemoryPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
-    """An engine and what was decided on the way."""
+    """An engine and what was decided on the way; heads: per layer, the first letter of each key head's kind."""
 
     engine: Engine
     runner: Runner
@@ -85,6 +85,7 @@ class Built:
     spec: ModelSpec
     config: EngineConfig
     plan: MemoryPlan
+    heads: tuple[str, ...]
     warnings: tuple[str, ...]
 
 
@@ -158,6 +159,7 @@ def build(
         spec=spec,
         config=config,
         plan=plan,
+        heads=tuple(_letters(policy, layer, spec) for layer in range(spec.layers)),
         warnings=(*_labels(source), *_warnings(precision, scheme)),
     )
 
@@ -266,6 +268,15 @@ def _heads_of(policy: Policy, layer: int, kind: Kind) -> slice | list[int]:
         return slice(None)
     order, count = policy.split.order[layer], policy.split.retrieval[layer]
     return list(order[:count] if kind is Kind.RETRIEVAL else order[count:])
+
+
+def _letters(policy: Policy, layer: int, spec: ModelSpec) -> str:
+    """Return the first letter of the kind of each of a layer's key heads, by their numbers in the checkpoint."""
+    letters = [Kind.RETRIEVAL.value[0]] * spec.kv_heads
+    if policy.split is not None:
+        for head in policy.split.order[layer][policy.split.retrieval[layer] :]:
+            letters[head] = Kind.STREAMING.value[0]
+    return "".join(letters)
 
 
 def make_policy(spec: ModelSpec, sparsity: Sparsity, device: torch.device) -> Policy:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 import msgspec
 
 from omniserve.base import log
-from omniserve.base.config import EngineConfig, Options, resolve
+from omniserve.base.config import EngineConfig, Options, Sparsity, resolve
 from omniserve.base.errors import OmniserveError, RequestError
 from omniserve.base.spec import Device, ModelSpec
 from omniserve.base.structured import Grammar, StructuredOutputs
@@ -187,7 +187,7 @@ class View(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """What the pages are used for.
 
     states    of the pages of each kind of heads, a byte each (`cache/pool.py`); those after the last byte are free
-    requests  of each running one: pages held, and pages that a step of it reads
+    requests  of each running one: pages held, and pages that its next token reads at most
     """
 
     states: dict[str, bytes]
@@ -408,7 +408,7 @@ def serve(engine: "Engine", link: Link, ready: Ready) -> None:
                         requests.pop(name, None)
                     aborted = True
                 case Look():
-                    link.send(_view(engine))
+                    link.send(_view(engine, ready.config.sparsity))
                 case Stop():
                     engine.close()
                     return
@@ -528,11 +528,14 @@ def _stats(engine: "Engine") -> Stats:
     )
 
 
-def _view(engine: "Engine") -> View:
+def _view(engine: "Engine", sparsity: Sparsity) -> View:
     cache = engine.scheduler.cache
     return View(
         states={kind.value: pool.states for kind, pool in cache.pools.items()},
-        requests=[(held, held) for held in cache.holdings()],  # a dense model reads all it holds
+        requests=[
+            (sum(held.values()), sum(sparsity.pages_read(kind, count) for kind, count in held.items()))
+            for held in cache.holdings()
+        ],
     )
 
 
@@ -590,7 +593,7 @@ def described(built: "Built") -> Ready:
         kv_bytes=built.plan.kv_bytes,
         kv_token_bytes=built.plan.kv_token_bytes,
         kv_token_bytes_fp16=4 * spec.layers * spec.kv_heads * spec.head_dim,
-        heads=(Kind.RETRIEVAL.value[0] * spec.kv_heads,) * spec.layers,
+        heads=built.heads,
         rounding=built.plan.rounding,
         seconds=built.plan.seconds,
         operations=choices(built.config.device.kind, reference=built.config.backend == "reference"),

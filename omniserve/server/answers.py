@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from omniserve.base import log
+from omniserve.base.config import Sparsity
 from omniserve.base.types import FinishReason, Output, TokenLogprobs, Usage
 from omniserve.engine.process import Add
 from omniserve.server.errors import INTERNAL, ApiError, from_exception
@@ -123,6 +124,7 @@ class Reply:
 
     on_first, on_gap, on_end  are told of a continuation's first token, the seconds before later ones, and its end
     abort                     drops requests of the engine
+    engine_stats              the engine's sparsity, if the answer is to tell what it took
     traceparent               of the request, for spans (`tracing.py`)
     wake                      is set when there is something to read: pieces, the end, an error, a ping to send
     """
@@ -137,7 +139,7 @@ class Reply:
     abort: Callable[[Iterable[str]], None]
     include_usage: bool = False
     continuous_usage: bool = False
-    engine_stats: bool = False
+    engine_stats: Sparsity | None = None
     echo: bool = False
     logprobs: int | None = None
     traceparent: str | None = None

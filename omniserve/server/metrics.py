@@ -6,7 +6,9 @@ from typing import Any
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from omniserve.base.config import EngineConfig
+from omniserve.base.config import EngineConfig, Sparsity
+from omniserve.base.numbers import ceil_div
+from omniserve.base.types import PAGE, Kind
 from omniserve.base.version import VERSION
 from omniserve.engine.process import Landed, Ready, Stats
 from omniserve.server.answers import Choice
@@ -69,12 +71,15 @@ class Metrics:
         self._prompt = self._histogram("request_prompt_tokens", "Tokens of a prompt", _TOKENS)
         self._produced = self._histogram("request_generation_tokens", "Tokens produced for a request", _TOKENS)
         self._iteration = self._histogram("iteration_tokens_total", "Tokens of a step, prompt and produced", _STEP)
-        self._histogram("decode_pages_read_ratio", "Pages read of those held, in decode", _RATIO)
+        self._read = self._histogram(
+            "decode_pages_read_ratio", "Pages that a retrieval head reads of those held, at a request's end", _RATIO
+        )
         self._histogram("prefill_blocks_skipped_ratio", "Blocks of attention skipped in prefill", _RATIO)
         self._counter("selector_reuse", "Steps that read the pages of an earlier selection")
         self._used: dict[str, Any] = {}
         self._seen = Stats(0, 0, 0, 0, 0, {}, {})
         self._pages: Mapping[str, int] = {}
+        self._sparsity = Sparsity()
         self.recent = Recent()
 
     def _name(self, name: str) -> str:
@@ -99,6 +104,7 @@ class Metrics:
         """Note what does not change any more."""
         config = ready.config
         self._pages = ready.pages
+        self._sparsity = config.sparsity
         self._gauge("cache_config_info", "Settings of the KV cache, as labels", **_cache_labels(config, ready)).set(1)
         self._gauge("build_info", "Version and precision, as labels", **_build_labels(config)).set(1)
         self._gauge("kv_bytes_per_token", "Bytes of a token in the KV cache").set(ready.kv_token_bytes)
@@ -173,6 +179,9 @@ class Metrics:
             return
         self._e2e.observe(choice.last - choice.reply.arrival)
         self._decode.observe(choice.last - choice.first)
+        if self._sparsity.budget is not None:
+            held = ceil_div(len(choice.prompt.ids) + choice.tokens, PAGE)
+            self._read.observe(self._sparsity.pages_read(Kind.RETRIEVAL, held) / held)
         if choice.tokens > 1:
             self._tpot.observe((choice.last - choice.first) / (choice.tokens - 1))
 

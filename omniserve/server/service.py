@@ -285,7 +285,7 @@ class Service:
             abort=self.engine.abort,
             include_usage=bool(options and options.include_usage),
             continuous_usage=bool(options and options.continuous_usage_stats),
-            engine_stats=bool(body.include_engine_stats),
+            engine_stats=self.ready.config.sparsity if body.include_engine_stats else None,
             echo=echo,
             logprobs=params.logprobs,
         )

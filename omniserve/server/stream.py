@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from omniserve.base.numbers import ceil_div
-from omniserve.base.types import PAGE, TokenLogprobs
+from omniserve.base.types import PAGE, Kind, TokenLogprobs
 from omniserve.server.answers import Choice, Piece, Reply
 
 DONE = b"data: [DONE]\n\n"
@@ -218,20 +218,23 @@ def usage_of(reply: Reply) -> dict[str, Any]:
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
-    if reply.engine_stats:
+    if reply.engine_stats is not None:
         value["omniserve"] = _engine_stats(reply)
     return value
 
 
 def _engine_stats(reply: Reply) -> dict[str, float]:
-    """Return what one answer took; a dense model reads all pages and skips no block."""
+    """Return what one answer took. What sparse attention skips in prefill is not counted yet, and not told."""
+    assert reply.engine_stats is not None
+    held = [ceil_div(len(choice.prompt.ids) + choice.tokens, PAGE) for choice in reply.choices]
+    read = sum(reply.engine_stats.pages_read(Kind.RETRIEVAL, pages) for pages in held)
     first = min((choice.first for choice in reply.choices if choice.first is not None), default=reply.arrival)
     gaps = sum(choice.tokens - 1 for choice in reply.choices if choice.tokens > 1)
     spent = sum(choice.last - choice.first for choice in reply.choices if choice.first is not None)
     return {
-        "kv_pages_held": sum(ceil_div(len(choice.prompt.ids) + choice.tokens, PAGE) for choice in reply.choices),
-        "kv_pages_read_ratio": 1.0,
-        "prefill_blocks_skipped_ratio": 0.0,
+        "kv_pages_held": sum(held),
+        "kv_pages_read_ratio": round(read / sum(held), 4),
+        **({"prefill_blocks_skipped_ratio": 0.0} if reply.engine_stats.off else {}),
         "ttft_ms": round(1000 * (first - reply.arrival), 3),
         "tpot_ms": round(1000 * spent / gaps, 3) if gaps else 0.0,
     }

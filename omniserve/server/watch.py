@@ -64,10 +64,11 @@ class Watch:
         """Return what does not change once the model is loaded."""
         ready = self._service.ready
         if ready is None:
-            names = ("precision", "kv_bytes_per_token", "kv_bytes_per_token_fp16", "heads", "max_model_len")
+            names = ("precision", "sparsity", "kv_bytes_per_token", "kv_bytes_per_token_fp16", "heads", "max_model_len")
             return dict.fromkeys(names)
         return {
             "precision": ready.config.precision.name,
+            "sparsity": ready.config.sparsity.name,
             "kv_bytes_per_token": ready.kv_token_bytes,
             "kv_bytes_per_token_fp16": ready.kv_token_bytes_fp16,
             "heads": ready.heads,

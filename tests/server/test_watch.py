@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from omniserve.server.recent import Window
@@ -84,3 +85,28 @@ def test_percentiles_are_of_the_last_seconds() -> None:
     over = Window(4, seconds=-1)
     over.add(1.0)
     assert over.percentiles() is None
+
+
+def test_sparse_attention_is_shown_as_it_is(tiny: Path, tmp_path: Path) -> None:
+    """One of the four key heads streams; the others read two pages of those they hold."""
+    (tmp_path / "full_attention_heads.tsv").write_text("0.9\t0.1\n0.8\t0.7\n")
+    options = {"sparsity": "lserve", "static_sparsity": 0.3, "attn_pattern": str(tmp_path), "token_budget": 128}
+    window = {"sink": 64, "local": 64, "prefill_local": 64, "max_num_seqs": 2}
+    body = {"prompt": [7] * 200, "max_tokens": 50, "temperature": 0, "ignore_eos": True, "include_engine_stats": True}
+    with serving(model=str(tiny), options={"precision": "w8a8kv8", **options, **window}) as server:
+        stats = server.stats()
+        assert (stats["sparsity"], stats["heads"]) == ("lserve", ["rs", "rr"])
+        assert set(stats["kv_pages"]) == {"retrieval", "streaming"}
+        answers = []
+        asking = threading.Thread(target=lambda: answers.append(server.complete(**body)))
+        asking.start()
+        busy = until(server, lambda stats: any(one["held"] > one["read"] for one in stats["requests"]))
+        asking.join(60)
+        (request,) = busy["requests"]
+        assert request["read"] <= 2 + 3, "two of the retrieval heads' pages; sink and window of the streaming head's"
+        (answer,) = answers
+        own = answer["usage"]["omniserve"]
+        assert (own["kv_pages_held"], own["kv_pages_read_ratio"]) == (4, 0.5)
+        assert "prefill_blocks_skipped_ratio" not in own
+        assert server.metric("decode_pages_read_ratio_count") == 1
+        assert server.metric("decode_pages_read_ratio_sum") == 0.5
