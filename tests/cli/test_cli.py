@@ -277,7 +277,10 @@ def test_throughput_beside_transformers(run: Run, tiny: Path) -> None:
     ours = [row for row in found["rows"] if row["runner"] == "w16a16kv16"]
     assert [row["batch"] for row in found["rows"]] == [1, 1, 3, 3]
     assert [row["same_tokens"] for row in ours] == [1, 1]
-    assert all(row["decode_tokens_per_second"] > 0 and row["decode_ratio"] > 0 for row in ours)
+    for row, peer in zip(ours, found["rows"][1::2], strict=True):  # a busy machine may leave no time for decoding
+        rates = [one["decode_tokens_per_second"] for one in (row, peer)]
+        assert row["decode_ratio"] == (None if None in rates else pytest.approx(rates[0] / rates[1]))
+        assert row["prompt_tokens_per_second"] > 0
     assert found["versions"]["torch"] == torch.__version__
     assert found["threads"] == torch.get_num_threads()
     ran = done(run(*flags, "--precisions", "w8a8kv8,w4a8kv4"))
