@@ -123,6 +123,11 @@ class Tokenizer:
         """Return the text of a tokenizer.json with this vocabulary, for libraries that look at its tokens."""
         return self._core.to_str()
 
+    def special_id(self, text: str) -> int | None:
+        """Return the id of a special token, None for a text that is none."""
+        token: int | None = self._core.token_to_id(text)
+        return token if token in self.special_ids else None
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Return the token ids of `text`; special tokens written out in it become tokens.
 
@@ -145,10 +150,12 @@ class Tokenizer:
         messages: Messages,
         *,
         add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, object]] | None = None,
         variables: Mapping[str, object] | None = None,
     ) -> str:
         """Return the conversation as the model's chat template writes it.
 
+        tools      functions that the model may call, as OpenAI's API describes them
         variables  what this template knows beside the conversation, for instance {"enable_thinking": False}
         Raises RequestError if there is no template, it refuses the messages, or needs more than it may have.
         """
@@ -157,7 +164,7 @@ class Tokenizer:
             raise RequestError("the model has no chat template: give one with --chat-template FILE")
         values: dict[str, object] = {
             "messages": [dict(message) for message in messages],
-            "tools": None,
+            "tools": None if tools is None else [dict(tool) for tool in tools],
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
             **self._words,

@@ -14,6 +14,9 @@ from omniserve.base.config import nearest
 from omniserve.base.errors import ConfigError
 from omniserve.base.log import LEVELS
 
+CALL_PARSERS = ("auto", "hermes", "llama3_json", "mistral")
+REASONING_PARSERS = ("auto", "deepseek_r1", "qwen3")
+"""How answers are read: vLLM's names."""
 _SMALLEST_BODY_LIMIT = 8 << 20
 _LAST_PORT = 65535
 
@@ -76,6 +79,8 @@ class ServerOptions:
     shutdown_timeout: float = 30.0
     max_num_queued_reqs: int = 1024
     max_num_queued_tokens: int | None = None
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
     log_level: str = "info"
     log_json: bool = False
     otlp_traces_endpoint: str | None = None
@@ -100,8 +105,13 @@ def server_options(values: Mapping[str, Any], *, origin: str, base: ServerOption
     made = replace(base, **_checked(base, values, origin))
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", made.metrics_prefix):
         raise ConfigError(f"{origin}: metrics_prefix={made.metrics_prefix!r}: must be letters, digits and underscores")
-    if made.log_level not in LEVELS:
-        raise ConfigError(f"{origin}: log_level={made.log_level!r}: must be one of {', '.join(LEVELS)}")
+    for name, allowed in (
+        ("log_level", LEVELS),
+        ("tool_call_parser", CALL_PARSERS),
+        ("reasoning_parser", REASONING_PARSERS),
+    ):
+        if getattr(made, name) not in allowed:
+            raise ConfigError(f"{origin}: {name}={getattr(made, name)!r}: must be one of {', '.join(allowed)}")
     if made.port > _LAST_PORT:
         raise ConfigError(f"{origin}: port={made.port}: must be 0 to {_LAST_PORT}; 0 takes any that is free")
     return made

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 from cyclopts import Group, Parameter
 
@@ -48,6 +48,10 @@ class ServerFlags:
         Sequences that may wait and run (default 1024); more are answered with 503.
     max_num_queued_tokens
         Prompt tokens that may wait for their first token; default: no limit.
+    tool_call_parser
+        How the model writes tool calls; default: as its chat template says.
+    reasoning_parser
+        How it writes its reasoning; default: between <think> and </think> if its chat template knows them.
     log_json
         Log one JSON object per line.
     otlp_traces_endpoint
@@ -65,6 +69,8 @@ class ServerFlags:
     shutdown_timeout: float | None = None
     max_num_queued_reqs: Whole | None = None
     max_num_queued_tokens: Whole | None = None
+    tool_call_parser: Literal["auto", "hermes", "llama3_json", "mistral"] | None = None
+    reasoning_parser: Literal["auto", "deepseek_r1", "qwen3"] | None = None
     log_json: Annotated[bool | None, Parameter(negative="")] = None
     otlp_traces_endpoint: str | None = None
 

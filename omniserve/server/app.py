@@ -214,7 +214,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
             ids = await service.encode(body.prompt, special=body.add_special_tokens is not False)
         else:
             assert body.messages is not None
-            ids = await conversation(service, body.messages, body.add_generation_prompt)
+            ids, _ = await conversation(service, body.messages, body.add_generation_prompt)
         return _as_json({"tokens": ids, "count": len(ids), "max_model_len": service.max_model_len})
 
     @app.post("/detokenize", responses=_answers(protocol.Detokenized), response_model=None)

@@ -3,6 +3,7 @@
 Bounds stand here as well as in SamplingParams, so that the OpenAPI file shows them and an error names its field.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Union
 
@@ -288,6 +289,40 @@ class Part(Body):
     text: Str | None = None
 
 
+FunctionName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+
+
+class Function(Body):
+    """A function that the model may call; parameters: a JSON Schema of its arguments."""
+
+    name: FunctionName
+    description: Str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    """A tool that the model may use."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class CalledFunction(Body):
+    """A function that was called; arguments: the text of a JSON object."""
+
+    name: Str
+    arguments: Str
+
+
+class ToolCall(Body):
+    """A call that the model has made."""
+
+    id: Str | None = None
+    type: Literal["function"] | None = None
+    function: CalledFunction
+
+
 class Message(Body):
     """A message of a conversation."""
 
@@ -302,8 +337,9 @@ class Message(Body):
         | None
     ) = None
     name: Str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
     tool_call_id: Str | None = None
+    reasoning_content: Str | None = None
 
 
 class ChatRequest(Sampling):
@@ -316,28 +352,55 @@ class ChatRequest(Sampling):
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=_TOP)] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     def check(self) -> None:
         """Raise ApiError for a known field that is not honoured, or that goes with another one."""
         super().check()
-        if self.tools:
-            raise unsupported("tools", "tool calling")
-        if self.tool_choice not in (None, "none", "auto"):
-            raise ApiError(400, "tool_choice goes with tools, and there are none", param="tool_choice")
+        if self.choice != "none":
+            if self.response_format is not None and self.response_format.type != "text":
+                raise unsupported("response_format", "a response_format beside tools")
+            if self.structured_outputs:
+                raise unsupported("structured_outputs", "structured_outputs beside tools")
         if (self.model_extra or {}).get("echo"):
             raise unsupported("echo", "echo of a conversation")
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs goes with logprobs: true", param="top_logprobs")
+
+    @property
+    def choice(self) -> str:
+        """Which tools the model may use: none, auto, required, or `=` and the name of a function. Raises ApiError."""
+        given = self.tool_choice
+        if isinstance(given, dict):
+            match given:
+                case {"type": "function", "function": {"name": str(name)}}:
+                    given = f"={name}"
+                case _:
+                    raise ApiError(400, f"tool_choice must be {_CHOICES}", param="tool_choice")
+        if given in (None, "auto") and not self.tools:
+            return "none"
+        if given not in (None, "none", "auto", "required") and not given.startswith("="):
+            raise ApiError(400, f"tool_choice must be {_CHOICES}", param="tool_choice")
+        if given not in (None, "none") and not self.tools:
+            raise ApiError(400, "tool_choice goes with tools, and there are none", param="tool_choice")
+        names = [tool.function.name for tool in self.tools or ()]
+        if given is not None and given.startswith("=") and given[1:] not in names:
+            known = ", ".join(names)[:200]
+            raise ApiError(400, f"tool_choice: no tool has the name {given[1:][:80]!r}: {known}", param="tool_choice")
+        return given or "auto"
 
     def sampling(self, defaults: Mapping[str, Any], form: StructuredOutputs | None = None) -> SamplingParams:
         """Return how tokens are drawn; without a limit the rest of the context is the limit. Raises RequestError."""
         most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         return self.params(defaults, max_tokens=most, logprobs=logprobs, form=form)
+
+
+_CHOICES = 'none, auto, required or {"type": "function", "function": {"name": ...}}'
 
 
 def conversation(messages: list[Message]) -> list[dict[str, Any]]:
@@ -356,10 +419,27 @@ def _message(message: Message, place: str) -> dict[str, Any]:
             made["content"] = text
         case parts:
             made["content"] = "\n".join(_part(part, f"{place}.content.{n}") for n, part in enumerate(parts))
-    for name in ("name", "tool_calls", "tool_call_id"):
+    for name in ("name", "tool_call_id", "reasoning_content"):
         if (value := getattr(message, name)) is not None:
             made[name] = value
+    if message.tool_calls:
+        made["tool_calls"] = [
+            _called(call, f"{place}.tool_calls.{number}") for number, call in enumerate(message.tool_calls)
+        ]
     return made
+
+
+def _called(call: ToolCall, place: str) -> dict[str, Any]:
+    """Return a call as templates want it: arguments are an object."""
+    param = f"{place}.function.arguments"
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise ApiError(400, f"{param} must be the text of a JSON object", param=param)
+    function = {"name": call.function.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def _part(part: Part, place: str) -> str:
@@ -495,7 +575,9 @@ class ChatMessage(BaseModel):
     """What the model says."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class TopLogprob(BaseModel):
@@ -524,7 +606,7 @@ class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class ChatCompletion(BaseModel):

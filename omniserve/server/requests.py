@@ -1,12 +1,24 @@
 """From the body of a request to its answer under way: what the HTTP routes and batch files share."""
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 from omniserve.base.errors import RequestError
 from omniserve.base.structured import StructuredOutputs
 from omniserve.server import protocol
 from omniserve.server.answers import Prompt, Reply
-from omniserve.server.errors import ApiError
+from omniserve.server.calls import (
+    THINK,
+    THOUGHT,
+    CallFinder,
+    Dialect,
+    Listener,
+    ThoughtFinder,
+    after_thinking,
+    grammar,
+    lark_of,
+)
+from omniserve.server.errors import ApiError, unsupported
 from omniserve.server.protocol import ChatRequest, CompletionRequest, Sampling
 from omniserve.server.service import Service
 from omniserve.server.stream import ChatForm, CompletionForm, Form
@@ -39,21 +51,103 @@ async def _completion(service: Service, body: CompletionRequest, key: str | None
 
 
 async def _chat(service: Service, body: ChatRequest, key: str | None) -> tuple[Reply, Form]:
-    params = body.sampling(service.defaults(), await _form(service, body))
+    params = body.sampling(service.defaults())
+    tools = _tools(service, body)
     service.turn_away(params.n)
-    ids = await conversation(service, body.messages, body.add_generation_prompt, variables=body.chat_template_kwargs)
+    ids, within = await conversation(
+        service,
+        body.messages,
+        body.add_generation_prompt,
+        tools=None if tools is None else tools.described,
+        variables=body.chat_template_kwargs,
+    )
+    within = service.reasons and (within or service.server.reasoning_parser == "deepseek_r1")
+    if tools is None:
+        form = await _form(service, body, within=within)
+    else:
+        form = await _forced(service, tools, within=within)
+    params = replace(params, structured_outputs=form)
+    texts = [THINK, THOUGHT] if service.reasons else []
+    texts += [] if tools is None else [tools.way.begin, tools.way.end]
+    if any(service.tokenizer.special_id(text) is not None for text in texts):
+        params = replace(params, skip_special_tokens=False)
     reply = service.open(body, [Prompt(text=None, ids=ids)], params, prefix="chatcmpl", key=key)
-    return reply, ChatForm(service.text)
+    if tools is None and not service.reasons:
+        return reply, ChatForm(service.text)
+
+    def listener() -> Listener:
+        return Listener(
+            ThoughtFinder(within=within) if service.reasons else None,
+            None if tools is None else CallFinder(tools.way, many=tools.many),
+        )
+
+    return reply, ChatForm(service.text, listener, None if tools is None else tools.way)
 
 
-async def _form(service: Service, body: Sampling) -> StructuredOutputs | None:
-    """Return the form that the answer must have, made ready; nothing is made for a request that finds no place."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tools:
+    """What a request says about tools. forced: functions one of which must be called; many: and more than one may."""
+
+    way: Dialect
+    described: list[dict[str, Any]]
+    forced: list[dict[str, Any]]
+    many: bool
+
+
+def _tools(service: Service, body: ChatRequest) -> _Tools | None:
+    """Return what may be called, None if nothing. Raises ApiError, 501 if this model is not known to call tools."""
+    choice = body.choice
+    if choice == "none":
+        return None
+    if service.dialect is None:
+        raise ApiError(
+            501,
+            "how this model calls tools is not known: its chat template is none of hermes, llama3_json and mistral; "
+            "if it does, start the server with --tool-call-parser",
+            param="tools",
+        )
+    described = [tool.model_dump(exclude_unset=True) for tool in body.tools or ()]
+    functions = [tool["function"] for tool in described]
+    forced = {"auto": [], "required": functions}.get(choice)
+    if forced is None:
+        forced = [function for function in functions if f"={function['name']}" == choice]
+    many = body.parallel_tool_calls is not False and choice in ("auto", "required")
+    return _Tools(way=service.dialect, described=described, forced=forced, many=many)
+
+
+async def _forced(service: Service, tools: _Tools, *, within: bool) -> StructuredOutputs | None:
+    """Return the form of an answer that must call a function, made ready; None where the model may choose."""
+    if not tools.forced:
+        return None
+    texts = (tools.way.begin, tools.way.end)
+    markers = {text: token for text in texts if (token := service.tokenizer.special_id(text)) is not None}
+    lark = grammar(tools.way, tools.forced, markers, many=tools.many)
+    try:
+        form = StructuredOutputs(
+            grammar=after_thinking(lark, service.tokenizer.special_id(THOUGHT)) if within else lark
+        )
+        await service.compile(form)
+    except RequestError as error:
+        raise protocol.formless(error, "tools") from None
+    return form
+
+
+async def _form(service: Service, body: Sampling, *, within: bool = False) -> StructuredOutputs | None:
+    """Return the form that the answer must have, made ready; nothing is made for a request that finds no place.
+
+    within  the answer begins within the reasoning, which the form is not about
+    """
     found = body.form()
     if found is None:
         return None
     service.turn_away(1)
     form, param = found
     try:
+        if within:
+            lark = lark_of(form)
+            if lark is None:
+                raise unsupported(param, "a grammar that follows reasoning")
+            form = StructuredOutputs(grammar=after_thinking(lark, service.tokenizer.special_id(THOUGHT)))
         await service.compile(form)
     except RequestError as error:
         raise protocol.formless(error, param) from None
@@ -71,13 +165,17 @@ async def conversation(
     messages: list[protocol.Message],
     add_generation_prompt: bool | None,
     *,
+    tools: list[dict[str, Any]] | None = None,
     variables: dict[str, Any] | None = None,
-) -> list[int]:
-    """Return the tokens of a conversation. Raises ApiError or RequestError."""
+) -> tuple[list[int], bool]:
+    """Return the tokens of a conversation, and whether it ends within the model's reasoning.
+
+    Raises ApiError or RequestError.
+    """
     most = service.server.limits.max_messages
     if len(messages) > most:
         raise ApiError(400, f"{len(messages)} messages: at most {most} are taken", param="messages")
     made = protocol.conversation(messages)
     return await service.encode_chat(
-        made, add_generation_prompt=add_generation_prompt is not False, variables=variables
+        made, add_generation_prompt=add_generation_prompt is not False, tools=tools, variables=variables
     )

@@ -17,6 +17,7 @@ from omniserve.base.types import SamplingParams, check_prompt
 from omniserve.client import AsyncEngine
 from omniserve.engine.process import Add, Landed, Null, Ready, Words
 from omniserve.server.answers import Choice, Prompt, Reply
+from omniserve.server.calls import Dialect, dialect, reasons, thinking
 from omniserve.server.errors import LONGEST_RETRY, ApiError
 from omniserve.server.limits import Queue, Rates
 from omniserve.server.metrics import Metrics
@@ -39,6 +40,7 @@ class Service:
     """One model behind one port.
 
     state   loading, then ready; draining once it is to stop, dead once the engine has ended
+    dialect  how the model writes tool calls, if it does; reasons: whether it writes its reasoning
     names   by which clients ask for the model; the first is the one that answers name
     """
 
@@ -74,6 +76,8 @@ class Service:
         self.replies: set[Reply] = set()
         self._null = null is not None
         self._tokenizer: Tokenizer | None = None
+        self.dialect: Dialect | None = None
+        self.reasons = False
         self._defaults: Mapping[str, Any] = {}
         self._texts: dict[int, str] = {}
         self._choices: dict[str, Choice] = {}
@@ -90,6 +94,8 @@ class Service:
         from omniserve.generation import generation_defaults
 
         self._tokenizer = await self._in_thread(self._load_tokenizer, ready)
+        self.dialect = dialect(self.server.tool_call_parser, self._tokenizer.template)
+        self.reasons = reasons(self.server.reasoning_parser, self._tokenizer.template)
         self._defaults = generation_defaults(Path(ready.path))
         SamplingParams(**self._defaults)  # a value that is not allowed is refused now, not in each request
         self.ready = ready
@@ -198,12 +204,16 @@ class Service:
             return self.tokenizer.encode(text, special=special)
         return await self._in_thread(lambda: self.tokenizer.encode(text, special=special))
 
-    async def encode_chat(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
-        """Return the tokens of a conversation. Raises ApiError or RequestError."""
+    async def encode_chat(self, messages: list[dict[str, Any]], **options: Any) -> tuple[list[int], bool]:
+        """Return the tokens of a conversation, and whether it ends within the model's reasoning.
+
+        Raises ApiError or RequestError.
+        """
         self.check_bytes(sum(len(str(message["content"])) for message in messages), "messages")
 
-        def chat() -> list[int]:
-            return self.tokenizer.encode(self.tokenizer.render(messages, **options), special=False)
+        def chat() -> tuple[list[int], bool]:
+            text = self.tokenizer.render(messages, **options)
+            return self.tokenizer.encode(text, special=False), thinking(text)
 
         return await self._in_thread(chat)
 

@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from omniserve.base.numbers import ceil_div
 from omniserve.base.types import PAGE, Kind, TokenLogprobs
 from omniserve.server.answers import Choice, Piece, Reply
+from omniserve.server.calls import Dialect, Listener, Said
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
@@ -95,10 +96,17 @@ def chat_logprobs(entries: Iterable[TokenLogprobs], texts: Texts) -> dict[str, A
 
 
 class ChatForm:
-    """Answers of /v1/chat/completions."""
+    """Answers of /v1/chat/completions.
 
-    def __init__(self, texts: Texts) -> None:
+    listen  makes what finds reasoning and calls in one answer; without it all is content
+    way     how ids of calls look
+    """
+
+    def __init__(self, texts: Texts, listen: Callable[[], Listener] | None = None, way: Dialect | None = None) -> None:
         self._texts = texts
+        self._listen = listen
+        self._way = way
+        self._listeners: dict[int, Listener] = {}
 
     def whole(self, reply: Reply) -> dict[str, Any]:
         """Return the answer as one object, without usage."""
@@ -106,12 +114,40 @@ class ChatForm:
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
         entries = [entry for piece in choice.pieces for entry in piece.logprobs]
+        message, finish = self._message("".join(piece.text for piece in choice.pieces), choice.finish)
         return {
             "index": choice.index,
-            "message": {"role": "assistant", "content": "".join(piece.text for piece in choice.pieces)},
+            "message": {"role": "assistant", **message},
             "logprobs": None if choice.reply.logprobs is None else chat_logprobs(entries, self._texts),
-            "finish_reason": choice.finish,
+            "finish_reason": finish,
         }
+
+    def _message(self, text: str, finish: str | None) -> tuple[dict[str, Any], str | None]:
+        """Return what an answer says, and why it ended."""
+        if self._listen is None:
+            return {"content": text}, finish
+        listener = self._listen()
+        texts = {"content": "", "reasoning": ""}
+        calls: list[dict[str, Any]] = []
+        for said in listener.push(text, finished=True):
+            match said.kind:
+                case "call":
+                    calls.append(self._call(said))
+                case "arguments":
+                    calls[said.index]["function"]["arguments"] += said.text
+                case _:
+                    texts[said.kind] += said.text
+        empty = None if calls or texts["reasoning"] else ""
+        message: dict[str, Any] = {"content": texts["content"] or empty}
+        if texts["reasoning"]:
+            message["reasoning_content"] = texts["reasoning"]
+        if calls:
+            message["tool_calls"] = calls
+        return message, _why(listener, finish)
+
+    def _call(self, said: Said) -> dict[str, Any]:
+        assert self._way is not None, said
+        return {"id": self._way.id(), "type": "function", "function": {"name": said.text, "arguments": ""}}
 
     def head(self, reply: Reply) -> bytes:
         """Return what every chunk begins with."""
@@ -123,12 +159,38 @@ class ChatForm:
         if first:
             yield index + b'{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}', None
         for piece in _taken(choice):
-            if piece.text or piece.logprobs:
-                logprobs = b"null" if not piece.logprobs else _json(chat_logprobs(piece.logprobs, self._texts))
-                content = _json(piece.text)
-                yield index + b'{"content":' + content + b'},"logprobs":' + logprobs + b',"finish_reason":null}', piece
+            logprobs = b"null" if not piece.logprobs else _json(chat_logprobs(piece.logprobs, self._texts))
+            for delta in self._deltas(choice, piece):
+                yield index + delta + b',"logprobs":' + logprobs + b',"finish_reason":null}', piece
+                logprobs = b"null"
             if piece.finish is not None:
-                yield index + b'{},"logprobs":null,"finish_reason":"%s"}' % piece.finish.encode(), piece
+                finish = _why(self._listeners.get(choice.index), piece.finish)
+                yield index + b'{},"logprobs":null,"finish_reason":%s}' % _json(finish), piece
+
+    def _deltas(self, choice: Choice, piece: Piece) -> list[bytes]:
+        """Return what a piece adds to the message."""
+        if self._listen is None:
+            return [b'{"content":' + _json(piece.text) + b"}"] if piece.text or piece.logprobs else []
+        listener = self._listeners.setdefault(choice.index, self._listen())
+        said = listener.push(piece.text, piece.finish is not None)
+        deltas = [_json(self._delta(one)) for one in said]
+        return deltas or ([b'{"content":""}'] if piece.logprobs else [])
+
+    def _delta(self, said: Said) -> dict[str, Any]:
+        match said.kind:
+            case "content":
+                return {"content": said.text}
+            case "reasoning":
+                return {"reasoning_content": said.text}
+            case "call":
+                return {"tool_calls": [{"index": said.index, **self._call(said)}]}
+            case "arguments":
+                return {"tool_calls": [{"index": said.index, "function": {"arguments": said.text}}]}
+
+
+def _why(listener: Listener | None, finish: str | None) -> str | None:
+    """Return why an answer ended: to have a function called, if it ended by itself and calls one."""
+    return "tool_calls" if listener is not None and listener.calls and finish == "stop" else finish
 
 
 class CompletionForm:

@@ -19,6 +19,27 @@ def served(tiny: Path) -> Iterator[Server]:
     server.close()
 
 
+TOOLS_TEMPLATE = (
+    "{# <tool_call> #}{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}"
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}!{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""Writes tools and calls in few tokens; what the model is to write is Hermes'."""
+
+
+@pytest.fixture(scope="session")
+def tooled(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The tiny model in float64, with a chat template that knows tools."""
+    template = tmp_path_factory.mktemp("templates") / "hermes.jinja"
+    template.write_text(TOOLS_TEMPLATE)
+    options = {"precision": "w8a8kv8", "chat_template": str(template)}
+    server = program(model=str(tiny), engine="float64", options=options)
+    yield server
+    server.close()
+
+
 @pytest.fixture(scope="session")
 def null() -> Iterator[Server]:
     """No model, steps of 4 ms."""

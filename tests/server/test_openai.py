@@ -1,7 +1,9 @@
 """OpenAI's own client, unmodified: sync, async, streams, typed exceptions, what it retries."""
 
 import asyncio
+import json
 from collections.abc import Iterator
+from typing import Any, Literal
 
 import httpx
 import openai
@@ -132,3 +134,64 @@ def test_keys() -> None:
             assert client.with_options(api_key="good").models.list().data[0].id == "null"
     finally:
         server.close()
+
+
+# The form of an answer, tools
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Lyon"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+TOOL = {"type": "function", "function": {"name": "weather", "description": "of a city", "parameters": SCHEMA}}
+
+
+def test_json_schema(client: OpenAI) -> None:
+    wanted = {"type": "json_schema", "json_schema": {"name": "trip", "schema": SCHEMA, "strict": True}}
+    ask = {"model": "tiny", "messages": MESSAGES, "max_tokens": 120, "seed": 5, "response_format": wanted}
+    (choice,) = client.chat.completions.create(**ask).choices  # type: ignore[call-overload]
+    value = json.loads(choice.message.content)
+    assert value["city"] in ("Paris", "Lyon")
+    assert choice.finish_reason == "stop"
+    chunks = client.chat.completions.create(**ask, stream=True)  # type: ignore[call-overload]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == choice.message.content
+
+
+def test_parsed_answers(client: OpenAI) -> None:
+    """The helper of the client that makes a schema of a class and an object of the answer."""
+    pydantic = pytest.importorskip("pydantic")
+    trip = pydantic.create_model("Trip", city=(Literal["Paris", "Lyon"], ...), sure=(bool, ...))
+    found = client.chat.completions.parse(
+        model="tiny", messages=MESSAGES, max_tokens=120, seed=5, response_format=trip
+    ).choices[0]
+    assert found.message.parsed.city in ("Paris", "Lyon")
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_tools(tooled: Server, choice: Any) -> None:
+    with OpenAI(base_url=f"{tooled.url}/v1", api_key="x", http_client=httpx.Client(trust_env=False)) as client:
+        ask = {
+            "model": "tiny", "messages": MESSAGES, "max_tokens": 150, "seed": 3, "tools": [TOOL], "tool_choice": choice,
+            "parallel_tool_calls": False,
+        }  # fmt: skip
+        (answer,) = client.chat.completions.create(**ask).choices  # type: ignore[call-overload]
+        assert answer.finish_reason == "tool_calls"
+        (call,) = answer.message.tool_calls
+        assert (call.type, call.function.name) == ("function", "weather")
+        assert json.loads(call.function.arguments)["city"] in ("Paris", "Lyon")
+        name, arguments = "", ""
+        for chunk in client.chat.completions.create(**ask, stream=True):  # type: ignore[call-overload]
+            for delta in chunk.choices[0].delta.tool_calls or []:
+                assert delta.index == 0
+                name += delta.function.name or ""
+                arguments += delta.function.arguments or ""
+        assert (name, arguments) == ("weather", call.function.arguments)
+        history = [
+            *MESSAGES,
+            {"role": "assistant", "tool_calls": [call.model_dump()]},
+            {"role": "tool", "tool_call_id": call.id, "content": "Rain."},
+        ]
+        more = client.chat.completions.create(model="tiny", messages=history, max_tokens=3, tools=[TOOL])  # type: ignore[call-overload]
+        assert more.usage.completion_tokens == 3
