@@ -1,6 +1,6 @@
 """Unmodified clients against `omniserve serve`: see docs/clients.md. What needs an environment of its own is long.
 
-Environments are kept in `.clients/`, or in the folder that `$OMNISERVE_CLIENTS` names.
+Environments are kept in `.clients/`, or in the folder that `$CLIENTS` names.
 """
 
 import os
@@ -16,7 +16,7 @@ from tests.cli.commands import environment
 from tests.clients.client import CLIENTS, ENVIRONMENTS, HERE, command
 from tests.server.harness import Server
 
-FOLDER = Path(os.environ.get("OMNISERVE_CLIENTS", ENVIRONMENTS))
+FOLDER = Path(os.environ.get("CLIENTS", ENVIRONMENTS))
 KEY = "sk-clients"
 TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
 

@@ -3,13 +3,14 @@
 import asyncio
 import sys
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import checks
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_openai import ChatOpenAI
 from openai import OpenAI
+from pydantic import BaseModel
 
 QUESTION = "What is the capital of France?"
 
@@ -81,7 +82,29 @@ def stop(model: ChatOpenAI) -> str:
     return repr(text)
 
 
-CHECKS = [invoke, messages, stream, asynchronous, chain, log_probabilities, stop]
+class Capital(BaseModel):
+    """The capital of a country."""
+
+    country: Literal["France", "Germany", "Italy"]
+    capital: Literal["Berlin", "Paris", "Rome"]
+
+
+def structured_output(model: ChatOpenAI) -> str:
+    answer = model.with_structured_output(Capital, method="json_schema").invoke(QUESTION)
+    assert isinstance(answer, Capital)
+    return repr(answer)
+
+
+CHECKS = [
+    invoke,
+    messages,
+    stream,
+    asynchronous,
+    chain,
+    log_probabilities,
+    stop,
+    structured_output,
+]
 
 
 def main(url: str) -> None:

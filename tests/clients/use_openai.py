@@ -6,11 +6,12 @@ Runs with openai 2 and 3. Every check prints one line; the first that fails ends
 import asyncio
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import checks
 import openai
 from openai import AsyncOpenAI, OpenAI
+from pydantic import BaseModel
 
 CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 24}
@@ -128,6 +129,31 @@ def content_as_parts(served: Served) -> str:
     return "the same answer as to a text"
 
 
+class Capital(BaseModel):
+    """Bounded, so that even a small model comes to an end."""
+
+    country: Literal["France", "Germany", "Italy"]
+    capital: Literal["Berlin", "Paris", "Rome"]
+    sure: bool
+
+
+def json_schema(served: Served) -> str:
+    ask = {"model": served.model, "messages": CAPITAL, "temperature": 0, "max_tokens": 100}
+    parsed = served.client.chat.completions.parse(response_format=Capital, **ask).choices[0].message.parsed
+    assert isinstance(parsed, Capital)
+    with served.client.chat.completions.stream(response_format=Capital, **ask) as stream:
+        kinds = {event.type for event in stream}
+        assert stream.get_final_completion().choices[0].message.parsed == parsed
+    assert "content.delta" in kinds
+    return f"{parsed!r}, whole and as a stream"
+
+
+def json_object(served: Served) -> str:
+    text = served.chat(response_format={"type": "json_object"}, max_tokens=24).choices[0].message.content
+    assert text.lstrip().startswith("{"), text
+    return repr(text[:40])
+
+
 def typed_exceptions(served: Served) -> str:
     seen = []
 
@@ -214,6 +240,8 @@ CHECKS = [
     samples_and_seeds,
     stop_strings,
     content_as_parts,
+    json_schema,
+    json_object,
     typed_exceptions,
     raw_response,
     concurrent_async,
