@@ -261,6 +261,19 @@ def test_engine_tab(page: Page, tiny: Path) -> None:
         page.leave()
 
 
+def test_engine_tab_of_a_sparse_server(page: Page, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "full_attention_heads.tsv").write_text("0.9\t0.1\n0.8\t0.7\n")
+    options = {"sparsity": "lserve", "static_sparsity": 0.3, "attn_pattern": str(tmp_path), "token_budget": 128}
+    with serving(model=str(tiny), options={"precision": "w8a8kv8", "max_num_seqs": 2, **options}) as server:
+        page.open(server.url + "/#engine")
+        page.until("document.querySelectorAll('#maps canvas[aria-label]').length === 2")
+        assert page.all("#maps canvas")[1].get_attribute("aria-label").startswith("streaming heads: 0 of")
+        assert "Sparsity lserve" in page.get("read-note").text
+        assert page.get("heads").get_attribute("aria-label") == "3 retrieval heads, 1 streaming heads"
+        assert "choose the pages" in page.get("heads-note").text
+        page.leave()
+
+
 def test_side_by_side(page: Page, tiny: Path) -> None:
     """Two servers that name each other; their answers part, or not, at the token that the servers say."""
     with serving(model=str(tiny), options={"precision": "w16a16kv16"}) as alone:
