@@ -148,6 +148,11 @@ class Server:
         """Resident bytes of the server process."""
         return resident(self.process.pid)
 
+    def processor_seconds(self) -> float:
+        """Seconds that the server process has spent on a core."""
+        words = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
     @property
     def engine(self) -> int:
         """Process id of the engine, the first child."""
