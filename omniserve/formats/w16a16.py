@@ -17,10 +17,10 @@ from omniserve.formats.weight import (
     concat,
     padded,
     stored,
-    swiglu,
 )
 from omniserve.ops.act import Act, ActFormat, Plain
 from omniserve.ops.dispatch import implements, operation
+from omniserve.ops.glu import swiglu
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

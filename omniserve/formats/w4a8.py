@@ -15,7 +15,8 @@ from torch import Tensor
 
 from omniserve.base.errors import CheckpointError
 from omniserve.base.numbers import ceil_div
-from omniserve.formats.w8a8 import bind_int8, snap
+from omniserve.formats.blocks import SIDE, pack_blocks, unpack_blocks
+from omniserve.formats.w8a8 import bind_int8, gemm_w8a8, snap
 from omniserve.formats.weight import (
     Field,
     Weight,
@@ -27,15 +28,15 @@ from omniserve.formats.weight import (
     need_finite,
     padded,
     stored,
-    swiglu,
     vector,
 )
 from omniserve.ops.act import Act, ActFormat
 from omniserve.ops.dispatch import operation
+from omniserve.ops.glu import swiglu
 from omniserve.ops.integer import int_matmul
 
-GROUP = 128
-"""Columns that share a second-level scale."""
+GROUP = SIDE
+"""Columns that share a second-level scale: 128, a block's side."""
 
 PROTECTED = 119
 """Largest level-1 value of the grouped form. 120 is too much: code 15 of a group (-112.5, 120) decodes to 128."""
@@ -203,6 +204,67 @@ class Uint4Weight:
         return y[:, : self.shape[0]] if rows > self.shape[0] else y
 
 
+@operation
+def gemm_w4a8_blocks(
+    x: Tensor,
+    a: Tensor,
+    total: Tensor | None,
+    blocks: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the product of `gemm_w4a8_row` (with total and zero) or `gemm_w8a8` (groups) of weights in blocks.
+
+    blocks  uint8 [ceil(N / 128), ceil(K / 128), 8192 or 8448] as `pack_blocks` returns them
+    scale, zero, bias  fp32 or fp64 [1, N], the real N; x int8 [T, K], the real K
+    """
+    shape = (scale.shape[1], x.shape[1])
+    codes, group_scale, group_zero = unpack_blocks(blocks, shape)
+    if zero is not None:
+        assert total is not None, "gemm_w4a8_blocks: weights with a zero per row need the sums of the codes"
+        return gemm_w4a8_row.reference(x, a, total, codes.view(torch.int8), scale, zero, bias, dtype)
+    assert group_scale is not None and group_zero is not None, "gemm_w4a8_blocks: neither a zero per row nor groups"
+    return gemm_w8a8.reference(x, a, expand(codes, group_scale, group_zero), scale, bias, dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockWeight:
+    """A linear of 4-bit codes as GPU kernels read them: two codes a byte, in blocks of 128 rows and columns.
+
+    blocks  as `pack_blocks` returns them; scale, zero (per row only), bias fp32 or fp64 [1, N]; shape N, K
+    """
+
+    blocks: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    bias: Tensor | None
+    shape: tuple[int, int]
+
+    @property
+    def wants(self) -> ActFormat:
+        """Sums of codes are wanted where the zero is per row."""
+        return ActFormat.INT8 if self.zero is None else ActFormat.INT8_SUM
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in memory."""
+        return sum(t.nbytes for t in (self.blocks, self.scale, self.zero, self.bias) if t is not None)
+
+    def gemm(self, x: Act) -> Tensor:
+        """Return x @ w.T + bias [T, N] in x.dtype; x [T, K] int8, with sums where the zero is per row."""
+        return self._product(x, x.dtype)
+
+    def gate_up_silu(self, x: Act, wants: ActFormat) -> Act:
+        """Return silu(gate) * up [T, N // 2] in the wanted format."""
+        return swiglu(self._product(x, exact(x.dtype)), wants, x.dtype)
+
+    def _product(self, x: Act, dtype: torch.dtype) -> Tensor:
+        act = codes_of(x, self.shape[1], padded_to=self.shape[1])
+        return gemm_w4a8_blocks(act.codes, act.scale, act.sum, self.blocks, self.scale, self.zero, self.bias, dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class W4A8:
     """4-bit weights, per row (group None) or progressive (group 128).
@@ -278,9 +340,15 @@ class W4A8:
         return concat(tensors)
 
     def bind(self, t: Mapping[str, Tensor], *, bias: Tensor | None, dtype: torch.dtype, align: int = 1) -> Weight:
-        """Return the weight with one byte per code; groups are expanded to int8, so that they multiply like w8a8."""
+        """Return the weight as its device multiplies it.
+
+        GPU: in blocks, two codes a byte. CPU: one byte per code; groups are expanded to int8, so that they multiply
+        like w8a8.
+        """
         n, half = stored(t, "codes").shape
         check(self, t, n, 2 * half)
+        if t["codes"].device.type == "cuda":
+            return self.bind_blocks(t, bias=bias, dtype=dtype)
         with _one_thread():
             codes = unpack_columns(t["codes"])
             level1 = None if self.group is None else expand(codes, t["group_scale"], t["group_zero"])
@@ -293,6 +361,21 @@ class W4A8:
             vector(t["zero"], rows, dtype),
             None if bias is None else vector(bias, rows, dtype),
             (n, 2 * half),
+        )
+
+    def bind_blocks(self, t: Mapping[str, Tensor], *, bias: Tensor | None, dtype: torch.dtype) -> BlockWeight:
+        """Return the weight as GPU kernels multiply it. Raises CheckpointError if a code does not decode into int8."""
+        codes = unpack_columns(t["codes"])
+        group = (t["group_scale"], t["group_zero"]) if self.group is not None else None
+        if group is not None:
+            expand(codes, *group)  # raises where a decoded code would carry into its neighbour
+        n, k = codes.shape
+        return BlockWeight(
+            pack_blocks(codes, *(group or ())),
+            vector(t["scale"], n, dtype),
+            vector(t["zero"], n, dtype) if group is None else None,
+            None if bias is None else vector(bias, n, dtype),
+            (n, k),
         )
 
 

@@ -18,11 +18,11 @@ from omniserve.formats.weight import (
     need_finite,
     padded,
     stored,
-    swiglu,
     vector,
 )
 from omniserve.ops.act import Act, ActFormat
 from omniserve.ops.dispatch import operation
+from omniserve.ops.glu import swiglu
 from omniserve.ops.integer import int_matmul
 
 

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from omniserve.base.errors import CheckpointError
 from omniserve.base.numbers import align_up
-from omniserve.ops.act import Act, ActFormat, Int8, emit
-from omniserve.ops.glu import silu_mul
+from omniserve.ops.act import Act, ActFormat, Int8
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,11 +149,6 @@ def codes_of(x: Act, columns: int, *, padded_to: int) -> Int8:
     if padded_to == columns:
         return x
     return Int8(padded(x.codes, (x.codes.shape[0], padded_to)), x.scale, x.sum, x.dtype)
-
-
-def swiglu(product: Tensor, wants: ActFormat, dtype: torch.dtype) -> Act:
-    """Return silu(gate) * up of a gate|up product [T, 2F] as activations [T, F] of a model in `dtype`."""
-    return emit(silu_mul(product), wants, dtype)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -1,7 +1,10 @@
-"""The gate of a gated feed-forward part: the reference's half of `Weight.gate_up_silu`."""
+"""The gate of a gated feed-forward part: the second half of `Weight.gate_up_silu`."""
 
 import torch
 from torch import Tensor
+
+from omniserve.ops.act import Act, ActFormat, emit
+from omniserve.ops.dispatch import operation
 
 
 def silu_mul(x: Tensor) -> Tensor:
@@ -13,3 +16,12 @@ def silu_mul(x: Tensor) -> Tensor:
     """
     gate, up = (x if x.dtype == torch.float64 else x.float()).chunk(2, -1)
     return torch.nn.functional.silu(gate).mul_(up)
+
+
+@operation
+def swiglu(product: Tensor, wants: ActFormat, dtype: torch.dtype) -> Act:
+    """Return silu(gate) * up of a gate|up product [T, 2F] as activations [T, F] of a model in `dtype`.
+
+    int8 codes are taken from the fp32 (fp64) values, before any cast.
+    """
+    return emit(silu_mul(product), wants, dtype)
