@@ -18,7 +18,8 @@ MODEL = ROOT / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 BUDGET = {
     "arch": 30,
     "unit": 120,
-    "parity": 240,
+    "parity": 60,
+    "kernels": 150,
     "property": 240,
     "model": 120,
     "engine": 120,

@@ -5,6 +5,7 @@ device of its first tensor, or its reference; which one is never decided silentl
 """
 
 import contextlib
+import importlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,16 +16,21 @@ import torch
 P = ParamSpec("P")
 T = TypeVar("T")
 
+KERNELS = {"cuda": "omniserve.kernels"}
+"""The package whose import registers the implementations for a kind of device. It stands above this floor, so it is
+loaded by name, when an operation is first asked who serves it there."""
+
 
 @dataclass(frozen=True, slots=True)
 class Implementation:
-    """One way to compute an operation on one kind of device."""
+    """One way to compute an operation on one kind of device; `needs` says for people what `when` asks for."""
 
     name: str
     function: Callable[..., Any]
     device: str
     when: Callable[[], bool]
     rank: int
+    needs: str = ""
 
 
 class Operation(Generic[P, T]):
@@ -48,10 +54,17 @@ class Operation(Generic[P, T]):
         return function(*args, **kwargs)  # type: ignore[no-any-return]  # registered functions carry Any
 
     def pick(self, device: str) -> Implementation:
-        """Return the implementation that serves `device`."""
+        """Return the implementation that serves `device`. Raises ConfigError if its kernels cannot be loaded."""
+        load_kernels(device)
         able = [i for i in self.implementations if i.device == device and i.when()]
         best = max(able, key=lambda i: i.rank, default=None)
         return best or Implementation("reference", self.reference, device, lambda: True, 0)
+
+
+def load_kernels(device: str) -> None:
+    """Import the package that registers implementations for a kind of device, if it has one."""
+    if device in KERNELS:
+        importlib.import_module(KERNELS[device])
 
 
 TABLE: dict[str, Operation[..., Any]] = {}
@@ -66,12 +79,12 @@ def operation(reference: Callable[P, T]) -> Operation[P, T]:
 
 
 def implements(
-    of: Operation[..., Any], *, device: str, when: Callable[[], bool] = lambda: True, rank: int = 10
+    of: Operation[..., Any], *, device: str, when: Callable[[], bool] = lambda: True, rank: int = 10, needs: str = ""
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Register an implementation; `when` is asked once, at first use on the device."""
 
     def register(function: Callable[P, T]) -> Callable[P, T]:
-        of.implementations.append(Implementation(function.__name__, function, device, when, rank))
+        of.implementations.append(Implementation(function.__name__, function, device, when, rank, needs))
         return function
 
     return register

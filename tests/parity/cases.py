@@ -4,8 +4,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from omniserve.formats.w4a8 import W4A8
 from omniserve.formats.w16a16 import pack
+from omniserve.ops.act import ActFormat
 
 Args = tuple[Any, ...]
 
@@ -33,7 +36,112 @@ def gemm_w16a16() -> Iterator[tuple[str, Args]]:
         yield f"packed {m}x{n}x{k}", (x, pack(w), bias)
 
 
+SIZES = ((0, 16, 64), (1, 1, 2), (1, 192, 576), (5, 64, 128), (17, 200, 130), (70, 64, 256), (3, 130, 1152))
+"""T, N, K: no token, one, ragged, more than a tile, short groups, several blocks."""
+
+
+def _codes(m: int, k: int, kind: str) -> Tensor:
+    """Activation codes whose rows lie further apart than their length."""
+    wide = torch.randint(-127, 128, (m, 2 * k + 16), generator=_generator(m + k)).to(torch.int8)
+    x = wide[:, 16 : 16 + k]
+    return x.fill_(127 if kind == "extreme" else 0) if kind in ("extreme", "zero") else x
+
+
+def gemm_w8a8() -> Iterator[tuple[str, Args]]:
+    """Ordinary, ragged, empty and extreme; fp16 and fp32 results, with and without bias."""
+    for number, (m, n, k) in enumerate(SIZES):
+        w = torch.randint(-128, 128, (n, k), generator=_generator(n + k)).to(torch.int8)
+        a, scale = torch.rand(m, 1, generator=_generator(m)) * 0.01, torch.rand(1, n, generator=_generator(n)) * 0.01
+        bias = torch.randn(1, n, generator=_generator(n)) if number % 2 else None
+        dtype = torch.float32 if number % 3 else torch.float16
+        yield f"random {m}x{n}x{k}", (_codes(m, k, "random"), a, w, scale, bias, dtype)
+    yield "extreme", (_codes(2, 1152, "extreme"), a[:2], torch.full_like(w, -128), scale, None, torch.float32)
+    yield "zero", (_codes(2, 1152, "zero"), a[:2], w, scale, None, torch.float16)
+
+
+def gemm_w4a8_blocks() -> Iterator[tuple[str, Args]]:
+    """The same for weights per row and in groups, packed as `bind` packs them."""
+    for form in (W4A8(None), W4A8(128)):
+        for number, (m, n, k) in enumerate(SIZES):
+            stored = form.from_dense(torch.randn(n, k, generator=_generator(n + k)))
+            w = form.bind_blocks(stored, bias=None, dtype=torch.float32)
+            x = _codes(m, k, "random")
+            a = torch.rand(m, 1, generator=_generator(m)) * 0.01
+            total = x.sum(1, keepdim=True, dtype=torch.int32) if form.group is None else None
+            bias = torch.randn(1, n, generator=_generator(n)) if number % 2 else None
+            dtype = torch.float32 if number % 3 else torch.float16
+            yield f"{form.name} {m}x{n}x{k}", (x, a, total, w.blocks, w.scale, w.zero, bias, dtype)
+        x = _codes(2, 1152, "extreme")
+        total = x.sum(1, keepdim=True, dtype=torch.int32) if form.group is None else None
+        yield f"{form.name} extreme", (x, a[:2], total, w.blocks, w.scale, w.zero, None, torch.float32)
+    steep = {"codes": torch.full((4, 64), 0xFF, dtype=torch.uint8), "scale": torch.ones(4).half()}
+    for scale, zero in ((17, 128), (8, 0), (1, 0), (17, 127)):
+        ends = torch.where(torch.arange(64) % 2 == 0, (255 - (128 - zero)) // scale, 0).clamp(max=15).to(torch.uint8)
+        steep["codes"] = (ends | (ends.roll(1) << 4)).expand(4, 64).contiguous()
+        group = {"group_scale": torch.full((4, 1), scale), "group_zero": torch.full((4, 1), zero)}
+        stored = steep | {name: t.to(torch.uint8) for name, t in group.items()}
+        w = W4A8(128).bind_blocks(stored, bias=None, dtype=torch.float32)
+        x = _codes(3, 128, "random")
+        yield (
+            f"ends of scale {scale}, zero {zero}",
+            (x, torch.ones(3, 1), None, w.blocks, w.scale, None, None, torch.float32),
+        )
+
+
+ROWS = ((0, 64), (1, 1), (3, 100), (5, 576), (2, 1025))
+"""T, C of operations on rows."""
+
+
+def _rows(m: int, c: int, dtype: torch.dtype) -> Tensor:
+    """Rows that lie apart: ordinary, zero, with an outlier, huge, tiny."""
+    x = torch.randn(m, 2 * c + 8, generator=_generator(m + c))[:, 8 : 8 + c]
+    for row, change in enumerate(
+        (lambda r: r, lambda r: r * 0, lambda r: r.clone().index_fill_(0, torch.tensor([0]), 900.0))
+    ):
+        if row < m:
+            x[row] = change(x[row])
+    if m > 3:
+        x[3] *= 6e3
+        x[4] *= 1e-7
+    return x.to(dtype)
+
+
+def quantize() -> Iterator[tuple[str, Args]]:
+    """Every kind of row in every wanted format."""
+    for number, (m, c) in enumerate(ROWS):
+        for place, wants in enumerate(ActFormat):
+            dtype = (torch.float16, torch.float32)[(number + place) % 2]
+            yield f"{m}x{c} {wants.value} {dtype}", (_rows(m, c, dtype), wants)
+    ties = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5, 126.5]])
+    yield "ties", (ties, ActFormat.INT8_SUM)
+
+
+def add_norm() -> Iterator[tuple[str, Args]]:
+    """With and without a sublayer's output, every wanted format, rows that lie apart."""
+    for number, (m, c) in enumerate(ROWS):
+        for place, wants in enumerate(ActFormat):
+            dtype = (torch.float16, torch.float32)[(number + place) % 2]
+            delta = torch.randn(m, 2 * c, generator=_generator(c))[:, ::2].to(dtype) if place % 2 else None
+            weight = torch.rand(c, generator=_generator(c + 1)).to(dtype) + 0.5
+            yield f"{m}x{c} {wants.value} {dtype}", (_rows(m, c, dtype), delta, weight, 1e-5, wants)
+
+
+def swiglu() -> Iterator[tuple[str, Args]]:
+    """fp32 products, and fp16 ones of 16-bit weights; every wanted format."""
+    for number, (m, c) in enumerate(ROWS):
+        for place, wants in enumerate(ActFormat):
+            dtype = (torch.float16, torch.float32)[(number + place) % 2]
+            product = torch.cat((_rows(m, c, torch.float32), _rows(m, c, torch.float32)), 1).clamp(-200, 200)
+            product = product if number % 2 else product.half()
+            yield f"{m}x{c} {wants.value} {dtype}", (product, wants, dtype)
+
+
 CASES: dict[str, Callable[[], Iterator[tuple[str, Args]]]] = {
     "int_matmul": int_matmul,
     "gemm_w16a16": gemm_w16a16,
+    "gemm_w8a8": gemm_w8a8,
+    "gemm_w4a8_blocks": gemm_w4a8_blocks,
+    "quantize": quantize,
+    "add_norm": add_norm,
+    "swiglu": swiglu,
 }

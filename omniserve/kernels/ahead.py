@@ -1,0 +1,155 @@
+"""Ahead-of-time compilation for a card that is not there, and what the machine code tells.
+
+Registers, spills, shared memory, tensor-core instructions and the length of loops are read from what the compiler
+emits. They rule mistakes out; they say nothing about speed. Needs no GPU and no driver, and not the interpreter's
+process: there is no compiler in it.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import __file__ as _nvidia
+from triton.compiler import ASTSource
+
+from omniserve.kernels.device import SHARED_BYTES
+
+TOOLS = Path(_nvidia).parent / "bin"
+"""Disassemblers that come with Triton."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """One kernel as it is compiled for one card.
+
+    types      Triton type of each argument at run time ("*fp16", "i32")
+    constants  its constexpr arguments
+    loose      arguments that are not multiples of 16; all other pointers and integers are
+    matrix     pattern of the tensor-core instruction it must use, in PTX; None: it uses none
+    longest    SASS instructions that its longest loop with a tensor-core instruction may have
+    """
+
+    name: str
+    arch: int
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    stages: int = 3
+    loose: tuple[str, ...] = ()
+    fusion: bool = True
+    matrix: str | None = None
+    longest: int = 0
+    first: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What the compiler made of a spec.
+
+    matrix  PTX tensor-core instructions with "A=registers" or "A=shared" for wgmma; loops: (instructions, those on
+    tensor cores) of each loop that has some
+    """
+
+    registers: int
+    stack_bytes: int
+    local_bytes: int
+    shared_bytes: int
+    matrix: dict[str, int]
+    loops: list[tuple[int, int]]
+    problems: list[str] = field(default_factory=list)
+
+
+def compile_spec(spec: Spec) -> Report:
+    """Compile a spec and return what it became; `problems` has a sentence for each thing that must not be."""
+    names = spec.kernel.arg_names
+    assert set(names) == set(spec.types) | set(spec.constants), set(names) ^ (set(spec.types) | set(spec.constants))
+    signature = {name: spec.types.get(name, "constexpr") for name in names}
+    whole = [name for name, kind in spec.types.items() if kind[0] in "*i" and name not in spec.loose]
+    source = ASTSource(
+        fn=spec.kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in spec.constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in whole},
+    )
+    options = {"num_warps": spec.warps, "num_stages": spec.stages, "enable_fp_fusion": spec.fusion}
+    compiled = triton.compile(source, target=GPUTarget("cuda", spec.arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _run("cuobjdump", "-res-usage", file.name)
+        loops = _loops(_run("nvdisasm", "-c", file.name))
+    used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    report = Report(
+        registers=used["REG"],
+        stack_bytes=used["STACK"],
+        local_bytes=used["LOCAL"],
+        shared_bytes=compiled.metadata.shared,
+        matrix=_matrix(compiled.asm["ptx"]),
+        loops=loops,
+    )
+    report.problems.extend(_problems(spec, report))
+    return report
+
+
+def _problems(spec: Spec, report: Report) -> list[str]:
+    found = []
+    if report.stack_bytes or report.local_bytes:
+        found.append(f"spills {report.stack_bytes + report.local_bytes} bytes of registers")
+    if report.shared_bytes > SHARED_BYTES[spec.arch]:
+        found.append(f"takes {report.shared_bytes} bytes of shared memory; the card has {SHARED_BYTES[spec.arch]}")
+    used = " ".join(report.matrix)
+    if spec.matrix is None:
+        found += [f"uses tensor cores: {used}"] if used else []
+        return found
+    if not report.matrix or not all(re.search(spec.matrix, name) for name in report.matrix):
+        found.append(f"uses {used or 'no tensor core'}; expected {spec.matrix}")
+    longest = max((length for length, _ in report.loops), default=0)
+    if not longest:
+        found.append("has no loop with a tensor-core instruction")
+    elif longest > spec.longest:
+        found.append(f"has a loop of {longest} instructions; its budget is {spec.longest}")
+    return found
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _matrix(ptx: str) -> dict[str, int]:
+    """Count tensor-core instructions; the first operand of wgmma is a list of registers or a descriptor."""
+    found: Counter[str] = Counter()
+    for line in ptx.splitlines():
+        match = re.search(r"(wgmma\.mma_async\S+|mma\.sync\S+)\s+(.*)", line)
+        if match is None:
+            continue
+        name, operands = match.groups()
+        if name.startswith("wgmma"):
+            behind = operands.split("}", 1)[-1].lstrip(" ,")
+            name += " A=registers" if behind.startswith("{") else " A=shared"
+        found[name] += 1
+    return dict(found)
+
+
+def _loops(sass: str) -> list[tuple[int, int]]:
+    """Return the length of each loop (backward branch) that has a tensor-core instruction, and how many it has."""
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    for line in sass.splitlines():
+        if match := re.match(r"(\.L_x_\d+):", line):
+            labels[match.group(1)] = len(instructions)
+        elif match := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?);", line):
+            instructions.append(match.group(1))
+    found = []
+    for at, instruction in enumerate(instructions):
+        match = re.search(r"BRA\S* .*`\((\.L_x_\d+)\)", instruction)
+        if match and labels.get(match.group(1), at) < at:
+            body = instructions[labels[match.group(1)] : at + 1]
+            found.append((len(body), sum("MMA" in one for one in body)))
+    return [loop for loop in found if loop[1]]

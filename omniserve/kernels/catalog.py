@@ -1,0 +1,107 @@
+"""Every kernel as it is compiled for every card: what the compile gate builds on a machine without a GPU.
+
+The launches come from the functions that choose them at run time, at the sizes of Llama-3-8B (hidden 4096, 32 query
+and 8 key heads, D = 128) and SmolLM2-135M (hidden 576, D = 64, groups of 3).
+"""
+
+from collections.abc import Iterator
+
+from omniserve.kernels import linear, rows
+from omniserve.kernels.ahead import Spec
+
+ARCHITECTURES = (80, 86, 89, 90)
+"""Compute capabilities times ten."""
+
+SMS = {80: 108, 86: 84, 89: 128, 90: 132}
+"""Streaming multiprocessors of an A100, RTX 3090-class, RTX 4090 and H200."""
+
+
+GEMM_LOOPS = {
+    "g128": {16: (280, 250), 64: (260, 310), 128: (270, 270), 2048: (185, 800)},
+    "row": {16: (185, 150), 64: (160, 210), 128: (165, 190), 2048: (135, 460)},
+    "w8a8": {16: (140, 105), 64: (120, 165), 128: (90, 170), 2048: (90, 170)},
+}
+"""SASS instructions of one turn of each product's loop, by tokens: on compute capability 9.0, and on the others."""
+
+
+def specs(arch: int) -> Iterator[Spec]:
+    """Yield all specs of a card; the first of each kernel is its representative."""
+    yield from _linear(arch)
+    yield from _rows(arch)
+
+
+def _linear(arch: int) -> Iterator[Spec]:
+    types = {
+        "x": "*i8", "a": "*fp32", "total": "*i32", "w": "*u8", "scale": "*fp32", "zero": "*fp32", "bias": "*fp32",
+        "y": "*fp16", "M": "i32", "N": "i32", "K": "i32", "x_stride": "i32", "blocks": "i32", "each": "i32",
+    }  # fmt: skip
+    kinds = (("g128", 4, True, False), ("row", 4, False, True), ("w8a8", 8, False, False))
+    for name, bits, grouped, zero in kinds:
+        for tokens, n, k in ((16, 4096, 14336), (64, 4096, 14336), (128, 4096, 4096), (2048, 28672, 4096)):
+            tile = linear.choose(tokens, n, k, bits, arch=arch, sms=SMS[arch])
+            split = tile.split > 1
+            yield Spec(
+                name=f"gemm {name} {tokens}x{n}x{k}",
+                arch=arch,
+                kernel=linear.gemm_kernel,
+                types=types | {"w": "*i8" if bits == 8 else "*u8", "y": "*i32" if split else "*fp16"},
+                constants=linear.constants(tile, bits=bits, grouped=grouped, zero=zero, bias=False, even=True),
+                warps=tile.warps,
+                stages=tile.stages,
+                loose=("M", "blocks", "each"),
+                fusion=False,
+                matrix=_int8(arch, packed=bits == 4),
+                longest=GEMM_LOOPS[name][tokens][arch != 90],
+                first=(name, tokens) in (("g128", 64), ("w8a8", 16)),
+            )
+    yield Spec(
+        name="sum of a split",
+        arch=arch,
+        kernel=linear.sum_kernel,
+        types={name: types[name] for name in ("a", "total", "scale", "zero", "bias", "y", "M", "N")} | {"sums": "*i32"},
+        constants={"ZERO": True, "BIAS": True, "SPLIT": 8, "BN": linear.FINISH},
+        warps=4,
+        loose=("M",),
+        fusion=False,
+        first=True,
+    )
+
+
+def _rows(arch: int) -> Iterator[Spec]:
+    model = "*bf16"
+    emitted = {"plain": model, "codes": "*i8", "scale": "*fp32", "total": "*i32"}
+    flags = {"INT8": True, "SUM": True}
+    for columns in (576, 4096, 14336, 28672):
+        block, warps = rows.block_of(columns)
+        common = {"arch": arch, "warps": warps, "fusion": False, "first": columns == 4096}
+        yield Spec(
+            name=f"quantize {columns}",
+            kernel=rows.quantize_kernel,
+            types={"x": model, "codes": "*i8", "scale": "*fp32", "total": "*i32", "C": "i32", "x_stride": "i32"},
+            constants={"SUM": True, "BLOCK": block},
+            **common,
+        )
+        yield Spec(
+            name=f"swiglu {columns}",
+            kernel=rows.swiglu_kernel,
+            types={"x": "*fp32", **emitted, "C": "i32", "x_stride": "i32"},
+            constants={"PLAIN": False, "BLOCK": block, **flags},
+            **common,
+        )
+        yield Spec(
+            name=f"add_norm {columns}",
+            kernel=rows.add_norm_kernel,
+            types={
+                "x": model, "delta": model, "weight": model, "residual": model, **emitted,
+                "C": "i32", "x_stride": "i32", "delta_stride": "i32", "eps": "fp32",
+            },
+            constants={"DELTA": True, "PLAIN": False, "BLOCK": block, **flags},
+            **common,
+        )  # fmt: skip
+
+
+def _int8(arch: int, *, packed: bool) -> str:
+    """Return the pattern of int8 products: Hopper's, 4-bit weights from registers, or those of all other cards."""
+    if arch == 90:
+        return r"wgmma\.mma_async\S*\.s32\.s8\.s8 " + ("A=registers" if packed else "A=shared")
+    return r"mma\.sync\S*m16n8k32\S*\.s32\.s8\.s8\.s32"

@@ -1,0 +1,214 @@
+"""Operations on whole rows of activations, one program per token: each ends in the format that the next linear wants.
+
+Scale and codes follow the reference to the last rounding: true divisions, rounding to nearest even, no fused
+multiply-add. Codes are taken from fp32 values that were never rounded to the model's dtype.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from omniserve.kernels.device import OUTPUTS, kernel_of, need
+from omniserve.ops.act import Act, ActFormat, Both, Int8, Plain, quantize
+from omniserve.ops.glu import swiglu
+from omniserve.ops.norm import add_norm
+
+WIDEST = 32768
+"""Columns that one program holds in its registers."""
+
+
+@triton.jit
+def _emit(
+    value, keep, place, row, plain, codes, scale, total, PLAIN: tl.constexpr, INT8: tl.constexpr, SUM: tl.constexpr
+):
+    """Write fp32 values of a row (0 where not `keep`) as plain numbers, as int8 codes with a scale, or as both."""
+    if PLAIN:
+        tl.store(plain + place, value.to(plain.dtype.element_ty), mask=keep)
+    if INT8:
+        amax = tl.max(tl.abs(value), 0)
+        step = tl.div_rn(tl.maximum(amax, 1e-6), 127.0)
+        # Adding 1.5 * 2^23 leaves no bit for fractions: a sum rounds to nearest even.
+        code = (tl.div_rn(value, step) + 12582912.0) - 12582912.0
+        code = tl.minimum(tl.maximum(code, -127.0), 127.0)
+        tl.store(codes + place, code.to(tl.int8), mask=keep)
+        tl.store(scale + row, step)
+        if SUM:
+            tl.store(total + row, tl.sum(code.to(tl.int32), 0))
+
+
+@triton.jit
+def quantize_kernel(
+    x,  # [T, C], rows `x_stride` apart
+    codes,
+    scale,
+    total,
+    C,
+    x_stride,
+    SUM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Quantize one row."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    keep = at < C
+    value = tl.load(x + row * x_stride + at, mask=keep, other=0.0).to(tl.float32)
+    _emit(value, keep, row * C + at, row, codes, codes, scale, total, False, True, SUM)
+
+
+@triton.jit
+def add_norm_kernel(
+    x,  # [T, C], rows `x_stride` apart
+    delta,  # [T, C], rows `delta_stride` apart, read if DELTA
+    weight,  # [C]
+    residual,  # [T, C], written if DELTA
+    plain,
+    codes,
+    scale,
+    total,
+    C,
+    x_stride,
+    delta_stride,
+    eps,
+    DELTA: tl.constexpr,
+    PLAIN: tl.constexpr,
+    INT8: tl.constexpr,
+    SUM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add, norm and emit one row."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    keep = at < C
+    place = row * C + at
+    value = tl.load(x + row * x_stride + at, mask=keep, other=0.0).to(tl.float32)
+    if DELTA:
+        value += tl.load(delta + row * delta_stride + at, mask=keep, other=0.0).to(tl.float32)
+        rounded = value.to(residual.dtype.element_ty)  # the stream has the model's dtype, and so has what is normed
+        tl.store(residual + place, rounded, mask=keep)
+        value = rounded.to(tl.float32)
+    mean = tl.div_rn(tl.sum(value * value, 0), C.to(tl.float32))
+    value = value * tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
+    value = value * tl.load(weight + at, mask=keep, other=0.0).to(tl.float32)
+    _emit(value, keep, place, row, plain, codes, scale, total, PLAIN, INT8, SUM)
+
+
+@triton.jit
+def swiglu_kernel(
+    x,  # [T, 2 C], rows `x_stride` apart: C columns of gate, then C of up
+    plain,
+    codes,
+    scale,
+    total,
+    C,
+    x_stride,
+    PLAIN: tl.constexpr,
+    INT8: tl.constexpr,
+    SUM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Multiply silu(gate) by up and emit one row."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    keep = at < C
+    gate = tl.load(x + row * x_stride + at, mask=keep, other=0.0).to(tl.float32)
+    value = gate / (1.0 + tl.exp(-gate))
+    value = value * tl.load(x + row * x_stride + C + at, mask=keep, other=0.0).to(tl.float32)
+    _emit(value, keep, row * C + at, row, plain, codes, scale, total, PLAIN, INT8, SUM)
+
+
+def block_of(columns: int) -> tuple[int, int]:
+    """Return (columns that a program covers, its warps)."""
+    block = max(128, triton.next_power_of_2(columns))
+    return block, min(max(block // 512, 1), 16 if block < WIDEST else 32)
+
+
+class _Result:
+    """Memory of an activation in the wanted format; `plain` and the others stand in for each other where unused."""
+
+    def __init__(self, rows: int, columns: int, wants: ActFormat, dtype: torch.dtype, device: torch.device) -> None:
+        self.plain_wanted = wants in (ActFormat.PLAIN, ActFormat.BOTH, ActFormat.BOTH_SUM)
+        self.int8_wanted = wants is not ActFormat.PLAIN
+        self.sums = wants.sums
+        self.dtype = dtype
+
+        def new(width: int, kind: torch.dtype, wanted: bool) -> Tensor | None:
+            return torch.empty(rows, width, dtype=kind, device=device) if wanted else None
+
+        self.plain = new(columns, dtype, self.plain_wanted)
+        self.codes = new(columns, torch.int8, self.int8_wanted)
+        self.scale = new(1, torch.float32, self.int8_wanted)
+        self.total = new(1, torch.int32, self.sums)
+
+    def pointers(self, spare: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return plain, codes, scale, sum for a launch; `spare` stands for those that are not written."""
+        return tuple(spare if t is None else t for t in (self.plain, self.codes, self.scale, self.total))
+
+    def act(self) -> Act:
+        """Return the activation."""
+        if not self.int8_wanted:
+            return Plain(self.plain)
+        int8 = Int8(self.codes, self.scale, self.total, self.dtype)
+        return Both(Plain(self.plain), int8) if self.plain_wanted else int8
+
+
+def _checked(x: Tensor, columns: int, what: str) -> Tensor:
+    """Return x with adjacent columns. Raises ConfigError if no kernel takes it."""
+    need(x.dtype in OUTPUTS, f"{what} of {x.dtype} on a GPU: float16, bfloat16 and float32 are there")
+    need(columns <= WIDEST, f"{what} of rows of {columns} on a GPU: up to {WIDEST} are there")
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+@kernel_of(quantize)
+def quantize_triton(x: Tensor, wants: ActFormat) -> Act:
+    """One launch; none where the activations stay as they are."""
+    if wants is ActFormat.PLAIN:
+        return Plain(x)
+    rows, columns = x.shape
+    x = _checked(x, columns, "quantize")
+    result = _Result(rows, columns, ActFormat.INT8_SUM if wants.sums else ActFormat.INT8, x.dtype, x.device)
+    block, warps = block_of(columns)
+    if rows:
+        _, codes, scale, total = result.pointers(x)
+        quantize_kernel[(rows,)](
+            x, codes, scale, total, columns, x.stride(0), result.sums, block, num_warps=warps, enable_fp_fusion=False
+        )
+    act = result.act()
+    return Both(Plain(x), act) if wants in (ActFormat.BOTH, ActFormat.BOTH_SUM) else act
+
+
+@kernel_of(add_norm)
+def add_norm_triton(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, wants: ActFormat
+) -> tuple[Act, Tensor]:
+    """Sum, norm and quantization in one launch."""
+    rows, columns = x.shape
+    need(delta is None or delta.dtype == x.dtype, f"add_norm of {x.dtype} and {delta is not None and delta.dtype}")
+    x = _checked(x, columns, "add_norm")
+    change = x if delta is None else _checked(delta, columns, "add_norm")
+    residual = x if delta is None else torch.empty(rows, columns, dtype=x.dtype, device=x.device)
+    result = _Result(rows, columns, wants, x.dtype, x.device)
+    block, warps = block_of(columns)
+    if rows:
+        add_norm_kernel[(rows,)](
+            x, change, weight.contiguous(), residual, *result.pointers(residual), columns, x.stride(0),
+            change.stride(0), eps, delta is not None, result.plain_wanted, result.int8_wanted, result.sums, block,
+            num_warps=warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    return result.act(), residual
+
+
+@kernel_of(swiglu)
+def swiglu_triton(product: Tensor, wants: ActFormat, dtype: torch.dtype) -> Act:
+    """Product and quantization in one launch."""
+    rows, columns = product.shape[0], product.shape[1] // 2
+    product = _checked(product, columns, "swiglu")
+    need(dtype in OUTPUTS, f"swiglu in {dtype} on a GPU: float16, bfloat16 and float32 are there")
+    result = _Result(rows, columns, wants, dtype, product.device)
+    block, warps = block_of(columns)
+    if rows:
+        swiglu_kernel[(rows,)](
+            product, *result.pointers(product), columns, product.stride(0), result.plain_wanted, result.int8_wanted,
+            result.sums, block, num_warps=warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    return result.act()

@@ -1,0 +1,64 @@
+"""Compare the GPU kernels with their references, in a process of its own.
+
+    TRITON_INTERPRET=1 python -m tests.kernels.check add_norm gemm_w8a8     on any machine, in Triton's interpreter
+    python -m tests.kernels.check --device cuda                             all operations, on a GPU
+
+Prints a line per case and exits with 1 if one failed. Memory that kernels allocate is poisoned first: what they do not
+write shows.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omniserve.formats.table import weight_format
+from omniserve.ops.dispatch import TABLE, load_kernels
+from tests.parity.cases import CASES
+from tests.parity.compare import problems, rebuilt
+
+
+def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return `allocate` with NaN, or a pattern no kernel writes, in what it returns."""
+
+    def poison(*args: Any, **kwargs: Any) -> Tensor:
+        made = allocate(*args, **kwargs)
+        return made.fill_(float("nan") if made.is_floating_point() else 0x5B)
+
+    return poison
+
+
+def main(names: list[str], device: str) -> int:
+    torch.set_num_threads(1)
+    assert weight_format("w4a8"), "imports every file that has an operation"
+    load_kernels("cuda")
+    failed = 0
+    for name in names or sorted(name for name, operation in TABLE.items() if served(name)):
+        operation = TABLE[name]
+        for implementation in (one for one in operation.implementations if one.device == "cuda"):
+            for case, args in CASES[name]():
+                there = tuple(rebuilt(arg, lambda t: t.to(device), lambda d: d) for arg in args)
+                torch.empty, before = poisoned(torch.empty), torch.empty
+                try:
+                    found = problems(implementation.function, operation, there if device == "cuda" else args)
+                finally:
+                    torch.empty = before
+                failed += bool(found)
+                print(f"{'FAILED' if found else 'ok'} {implementation.name}: {case}", *found, sep="; ", flush=True)
+    return failed
+
+
+def served(name: str) -> bool:
+    return any(one.device == "cuda" for one in TABLE[name].implementations)
+
+
+if __name__ == "__main__":
+    chosen = sys.argv[1:]
+    where = "cpu"
+    if "--device" in chosen:
+        at = chosen.index("--device")
+        where = chosen[at + 1]
+        del chosen[at : at + 2]
+    sys.exit(1 if main(chosen, where) else 0)

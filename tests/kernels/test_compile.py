@@ -1,0 +1,55 @@
+"""The compile gate: what the kernels become on cards that are not there. It says nothing about speed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kernels.processes import python
+
+KERNELS = {"add_norm_kernel", "gemm_kernel", "quantize_kernel", "sum_kernel", "swiglu_kernel"}
+"""All kernels: each has at least one launch in the catalogue."""
+
+
+def built(arch: int, which: str, cache: Path) -> list[dict[str, Any]]:
+    run = python("-m", "tests.kernels.build", str(arch), which, interpret=False, cache=cache)
+    assert run.returncode == 0, run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def wrong(found: list[dict[str, Any]]) -> list[str]:
+    return [f"{one['name']} on {one['arch']}: {problem}" for one in found for problem in one["problems"]]
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90])
+def test_one_launch_of_every_kernel(arch: int, tmp_path: Path) -> None:
+    found = built(arch, "first", tmp_path)
+    assert {one["kernel"] for one in found} == KERNELS
+    assert wrong(found) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("arch", [80, 86, 89, 90])
+def test_every_launch(arch: int, tmp_path: Path) -> None:
+    found = built(arch, "all", tmp_path)
+    assert {one["kernel"] for one in found} == KERNELS
+    assert wrong(found) == []
+
+
+GREEDY = """
+import dataclasses
+from omniserve.kernels.ahead import compile_spec
+from omniserve.kernels.catalog import specs
+spec = next(one for one in specs(80) if one.name.startswith("gemm g128 128x"))
+tight = dataclasses.replace(spec, warps=4, matrix="wgmma", longest=10)
+print(*compile_spec(tight).problems, sep="\\n")
+"""
+
+
+def test_the_gate_sees_spills_the_wrong_instruction_and_long_loops(tmp_path: Path) -> None:
+    run = python("-c", GREEDY, interpret=False, cache=tmp_path)
+    spills, instruction, loop = run.stdout.splitlines()
+    assert spills.startswith("spills "), run.stderr
+    assert "expected wgmma" in instruction
+    assert "its budget is 10" in loop
