@@ -6,7 +6,7 @@ and 8 key heads, D = 128) and SmolLM2-135M (hidden 576, D = 64, groups of 3).
 
 from collections.abc import Iterator
 
-from omniserve.kernels import linear, rows
+from omniserve.kernels import linear, rows, write
 from omniserve.kernels.ahead import Spec
 
 ARCHITECTURES = (80, 86, 89, 90)
@@ -28,6 +28,7 @@ def specs(arch: int) -> Iterator[Spec]:
     """Yield all specs of a card; the first of each kernel is its representative."""
     yield from _linear(arch)
     yield from _rows(arch)
+    yield from _write(arch)
 
 
 def _linear(arch: int) -> Iterator[Spec]:
@@ -98,6 +99,30 @@ def _rows(arch: int) -> Iterator[Spec]:
             constants={"DELTA": True, "PLAIN": False, "BLOCK": block, **flags},
             **common,
         )  # fmt: skip
+
+
+def _write(arch: int) -> Iterator[Spec]:
+    model = "*bf16"
+    for group, head_dim in ((4, 128), (3, 64), (8, 256)):
+        for bits, two, norm in ((4, True, False), (8, False, True), (16, False, False)):
+            element = model if bits == 16 else "*u8"
+            types = {
+                "qkv": model, "positions": "*i64", "table": "*fp32", "q_gain": model, "k_gain": model, "q": model,
+                "slots0": "*i64", "slots1": "*i64", "codes0": element, "codes1": element, "params0": "*fp16",
+                "params1": "*fp16", "scale0": "*fp32", "scale1": "*fp32", "mean0": "*fp32", "mean1": "*fp32",
+                "stride": "i32", "kv_heads": "i32", "share": "i32", "eps": "fp32",
+            }  # fmt: skip
+            yield Spec(
+                name=f"rope_write kv{bits}, {group} heads of {head_dim}",
+                arch=arch,
+                kernel=write.rope_write_kernel,
+                types=types,
+                constants=write.constants(group, head_dim, bits, norm=norm, static=False, mean=True, two=two),
+                warps=write.warps_of(group, head_dim),
+                loose=("kv_heads", "share"),
+                fusion=False,
+                first=(head_dim, bits) == (128, 4),
+            )
 
 
 def _int8(arch: int, *, packed: bool) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.kernels.processes import python
 
-KERNELS = {"add_norm_kernel", "gemm_kernel", "quantize_kernel", "sum_kernel", "swiglu_kernel"}
+KERNELS = {"add_norm_kernel", "gemm_kernel", "quantize_kernel", "rope_write_kernel", "sum_kernel", "swiglu_kernel"}
 """All kernels: each has at least one launch in the catalogue."""
 
 
@@ -22,7 +22,7 @@ def wrong(found: list[dict[str, Any]]) -> list[str]:
     return [f"{one['name']} on {one['arch']}: {problem}" for one in found for problem in one["problems"]]
 
 
-@pytest.mark.parametrize("arch", [80, 89, 90])
+@pytest.mark.parametrize("arch", [80, 90])
 def test_one_launch_of_every_kernel(arch: int, tmp_path: Path) -> None:
     found = built(arch, "first", tmp_path)
     assert {one["kernel"] for one in found} == KERNELS

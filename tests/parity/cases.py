@@ -6,9 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omniserve.base.config import KVName
+from omniserve.base.spec import RopeSpec
+from omniserve.formats.kv import LayerPages, kv_format
 from omniserve.formats.w4a8 import W4A8
 from omniserve.formats.w16a16 import pack
 from omniserve.ops.act import ActFormat
+from omniserve.ops.rope import Rope, make_rope
 
 Args = tuple[Any, ...]
 
@@ -136,6 +140,47 @@ def swiglu() -> Iterator[tuple[str, Args]]:
             yield f"{m}x{c} {wants.value} {dtype}", (product, wants, dtype)
 
 
+def _pages(name: KVName, heads: int, dim: int, *, static: bool = False, mean: bool = False) -> LayerPages:
+    """Six pages per head, full of bytes that nobody wrote."""
+    form = kv_format(name, static=static)
+    memory = torch.full((6, heads, form.page_bytes(dim)), 0xAB, dtype=torch.uint8)
+    scale = torch.rand(2, heads, generator=_generator(heads)) * 0.05 + 0.01 if static else None
+    means = torch.randn(heads, dim, generator=_generator(dim)) if mean else None
+    return LayerPages(memory, form, dim, scale, means)
+
+
+def rope_write() -> Iterator[tuple[str, Args]]:
+    """Every KV format, two groups, uneven sizes, page boundaries, skipped tokens, no token, normed heads."""
+    table = make_rope(RopeSpec(), head_dim=128, context=300, device=torch.device("cpu")).table
+    formats: tuple[tuple[KVName, bool, bool], ...] = (
+        ("kv4", False, False), ("kv4", False, True), ("kv8", False, False), ("kv8", True, True), ("kv16", False, True),
+        ("kv16", False, False),
+    )  # fmt: skip
+    shapes = ((1, 9, (3,), 64), (5, 4, (2, 2), 80), (4, 8, (1,), 32), (0, 2, (2,), 16), (3, 2, (2,), 128))
+    for number, (name, static, mean) in enumerate(formats):
+        for place, (tokens, heads, kv, dim) in enumerate(shapes):
+            total = sum(kv)
+            qkv = torch.randn(tokens, heads + 2 * total, dim, generator=_generator(tokens + dim))
+            if tokens > 3:
+                qkv[1, -1] = 3.0  # a constant value
+                qkv[2, heads:] = 0
+                qkv[3, heads:] += 500  # far from zero
+            qkv = qkv.to((torch.float16, torch.float32)[(number + place) % 2])
+            positions = torch.tensor([0, 299, 63, 64, 7])[:tokens]
+            slots = [torch.tensor([63, 64, -1, 5 * 64 + 63, 0])[:tokens], torch.tensor([1, -1, 200, 65, 64])[:tokens]]
+            stores = [_pages(name, h, dim, static=static, mean=mean) for h in kv]
+            turns = Rope(table.view(300, 2, -1)[..., : dim // 2].contiguous())
+            yield (
+                f"{name}{' static' * static}{' mean' * mean} {tokens} tokens, {heads} heads of {dim}, {kv} key heads",
+                (qkv, positions, slots[: len(kv)], stores, turns, heads),
+            )
+    gains = [torch.rand(64, generator=_generator(seed)).half() + 0.5 for seed in (1, 2)]
+    turns = Rope(table[..., :32].contiguous(), *gains, 1e-6)
+    qkv = torch.randn(4, 4 + 2 * 2, 64, generator=_generator(5)).half()
+    args = (torch.arange(4), [torch.arange(4) + 62], [_pages("kv8", 2, 64)], turns, 4)
+    yield "normed heads", (qkv, *args)
+
+
 CASES: dict[str, Callable[[], Iterator[tuple[str, Args]]]] = {
     "int_matmul": int_matmul,
     "gemm_w16a16": gemm_w16a16,
@@ -144,4 +189,5 @@ CASES: dict[str, Callable[[], Iterator[tuple[str, Args]]]] = {
     "quantize": quantize,
     "add_norm": add_norm,
     "swiglu": swiglu,
+    "rope_write": rope_write,
 }
