@@ -92,6 +92,7 @@ class ServerOptions:
         return self.host in ("localhost", "::1") or self.host.startswith("127.")
 
 
+_ABOVE_ZERO = {"max_num_queued_reqs"} | {one.name for one in fields(ServerLimits)} - {"key_requests_per_minute"}
 NAMES = frozenset(one.name for one in fields(ServerOptions))
 """Names of the settings of a server."""
 
@@ -129,7 +130,9 @@ def _checked(base: ServerOptions | ServerLimits, values: Mapping[str, Any], orig
             limits: ServerLimits = getattr(base, name)
             found[name] = replace(limits, **_checked(limits, value, f"{origin}: limits"))
         else:
-            found[name] = _value(name, known[name].type, value, origin)
+            made = found[name] = _value(name, known[name].type, value, origin)
+            if name in _ABOVE_ZERO and made == 0:
+                raise ConfigError(f"{origin}: {name}=0: must be above 0")
     return found
 
 

@@ -1,7 +1,9 @@
 """Settings of a server: file, environment and flags fill one value; nothing is ignored or guessed."""
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from omniserve.base.environment import environment, server_environment
 from omniserve.base.errors import ConfigError
 from omniserve.base.serving import ServerLimits, ServerOptions, server_options
-from tests.cli.commands import Ran, check_refusal
+from tests.cli.commands import ROOT, Ran, check_refusal
 from tests.cli.conftest import run
 
 __all__ = ["run"]
@@ -54,6 +56,8 @@ def test_the_environment_fills_options_and_limits(monkeypatch: pytest.MonkeyPatc
         ("OMNISERVE_API_KEY", "one,,two", "api_key must be a text or a list of texts, none of them empty"),
         ("OMNISERVE_UI", "maybe", "OMNISERVE_UI='maybe': must be true or false"),
         ("OMNISERVE_LOG_LEVEL", "loud", "log_level='loud': must be one of debug, info, warning, error"),
+        ("OMNISERVE_LIMIT_MAX_BODY_BYTES", "0", "environment: limits: max_body_bytes=0: must be above 0"),
+        ("OMNISERVE_MAX_NUM_QUEUED_REQS", "0", "max_num_queued_reqs=0: must be above 0"),
         ("OMNISERVE_LIMIT_PING", "inf", "environment: limits: ping='inf': must be a number, 0 or more"),
     ],
 )
@@ -61,6 +65,23 @@ def test_wrong_variables_are_refused(monkeypatch: pytest.MonkeyPatch, name: str,
     monkeypatch.setenv(name, text)
     with pytest.raises(ConfigError, match=message):
         server_options(server_environment(), origin="environment")
+
+
+def test_what_may_be_zero() -> None:
+    made = server_options({"port": 0, "shutdown_timeout": 0, "limits": {"key_requests_per_minute": 0}}, origin="file")
+    assert (made.port, made.shutdown_timeout, made.limits) == (0, 0.0, ServerLimits())
+
+
+def test_every_flag_of_the_server_is_a_setting() -> None:
+    """So that it may stand in a file or in the environment."""
+    from omniserve.cli.serve import ServerFlags
+
+    assert {one.name for one in fields(ServerFlags)} <= {one.name for one in fields(ServerOptions)}
+
+
+def test_every_limit_is_documented() -> None:
+    rows = (ROOT / "docs" / "serving.md").read_text().split("| limit | default |")[1].split("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", rows)) == {one.name for one in fields(ServerLimits)}
 
 
 def test_limits_are_merged_one_by_one() -> None:
