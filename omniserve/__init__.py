@@ -2,13 +2,14 @@
 
 from typing import TYPE_CHECKING
 
+from omniserve.base.structured import StructuredOutputs
 from omniserve.base.types import SamplingParams
 from omniserve.base.version import VERSION
 
 if TYPE_CHECKING:
     from omniserve.llm import LLM
 
-__all__ = ["LLM", "SamplingParams"]
+__all__ = ["LLM", "SamplingParams", "StructuredOutputs"]
 __version__ = VERSION
 
 

@@ -59,7 +59,7 @@ class Drawn:
         complete = frozenset[str]()
         if self.taking is not None:
             complete, failed = self.taking.verdicts()
-            faults = {**failed, **faults}
+            faults |= failed  # a grammar that has failed may have left nothing
         prompts: defaultdict[str, list[TokenLogprobs]] = defaultdict(list)
         for listed in self.prompt_logprobs:
             for request, entry in listed.entries():

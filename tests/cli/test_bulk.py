@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -160,6 +161,18 @@ def test_several_answers_and_logprobs(llm: LLM, tmp_path: Path) -> None:
             assert all(set(entry) == {"logprob", "rank", "decoded_token"} for entry in options.values())
     assert one["prompt_logprobs"][0] is None
     assert len(one["prompt_logprobs"]) == one["usage"]["prompt_tokens"]
+
+
+def test_lines_may_ask_for_a_form(llm: LLM, tmp_path: Path) -> None:
+    forms: list[dict[str, Any]] = [{"regex": "[0-9]{3}"}, {"choice": ["yes", "no"]}, {"regex": "("}, {"regx": "a"}]
+    source = write(tmp_path / "in.jsonl", [{"prompt": "the", "structured_outputs": form} for form in forms])
+    answer(llm, source, tmp_path / "out.jsonl")
+    number, word, broken, unknown = sorted(read(tmp_path / "out.jsonl"), key=lambda one: one["line"])
+    assert re.fullmatch("[0-9]{3}", number["text"])
+    assert word["text"] in ("yes", "no")
+    assert number["finish_reason"] == word["finish_reason"] == "stop"
+    assert "unclosed group" in broken["error"]
+    assert "'regx' is none of" in unknown["error"]
 
 
 def test_odd_files(llm: LLM, tmp_path: Path) -> None:

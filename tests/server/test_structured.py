@@ -12,8 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from omniserve import LLM, SamplingParams
-from omniserve.base.structured import StructuredOutputs
+from omniserve import LLM, SamplingParams, StructuredOutputs
 from tests.engine.test_grammar import BOMBS
 from tests.server.harness import Server, check_error, eventually, program, serving
 
