@@ -19,14 +19,13 @@ from cyclopts import Parameter
 from omniserve.base.config import Options, check_model
 from omniserve.base.errors import ConfigError, OmniserveError, RequestError
 from omniserve.base.serving import ServerLimits, ServerOptions
-from omniserve.cli.bulk import AHEAD, REPORTED, Tally, check_files, sentence_of
+from omniserve.cli.bulk import AHEAD, REPORTED, Tally, check_files, sentence_of, settled
 from omniserve.cli.flags import NO_FLAGS, Common, EngineFlags, settings
 from omniserve.cli.jsonl import InOrder, Lines, Marks, Names, Output, fingerprint, json_object, short
 from omniserve.cli.loading import leaving_at_once, need_torch
 from omniserve.cli.output import Bars, as_json, say, warn
 
 if TYPE_CHECKING:
-    from omniserve.engine.process import Ready
     from omniserve.server.protocol import ChatRequest, CompletionRequest
     from omniserve.server.service import Service
 
@@ -208,7 +207,7 @@ class Job:
                 warn(sentence)
             with Output(
                 self.target,
-                {**self._facts, **_settled(ready)},
+                {**self._facts, **settled(ready.config)},
                 self._lines.last,
                 ordered=True,
                 overwrite=self._overwrite,
@@ -342,12 +341,6 @@ class Job:
         elif self._shown == REPORTED:
             say(f"omniserve: further errors stand in {self.target} only")
         self._shown += 1
-
-
-def _settled(ready: "Ready") -> dict[str, object]:
-    """Return what answers depend on that is known once the model is loaded."""
-    config = ready.config
-    return {"precision": config.precision.label, "dtype": config.dtype, "max_model_len": config.limits.max_model_len}
 
 
 def _asked(line: int, custom_id: str, given: Mapping[str, Any]) -> Asked:

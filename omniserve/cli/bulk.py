@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omniserve.base.config import Options, nearest
+from omniserve.base.config import EngineConfig, Options, nearest
 from omniserve.base.errors import ConfigError, OmniserveError, RequestError
 from omniserve.base.types import SamplingParams
 from omniserve.cli.jsonl import InOrder, Lines, Names, Output, fingerprint, job_file, json_object, short
@@ -218,10 +218,8 @@ def answer_lines(
     config = llm.config
     known = {
         **facts,
+        **settled(config),
         "ordered": ordered,
-        "precision": config.precision.label,
-        "dtype": config.dtype,
-        "max_model_len": config.limits.max_model_len,
         **{name: value for name, value in asdict(params).items() if name != "seed"},
     }
     with Output(target, known, lines.last, ordered=ordered, overwrite=overwrite) as output:
@@ -244,6 +242,21 @@ def answer_lines(
         tally.seconds = time.perf_counter() - began
         tally.answered, tally.errors = output.answered, output.errors
     return tally
+
+
+def settled(config: EngineConfig) -> dict[str, object]:
+    """Return the settings of an engine that its answers depend on."""
+    reads: dict[str, object] | None = None
+    if not config.sparsity.off:
+        pattern = config.sparsity.pattern
+        reads = {**asdict(config.sparsity), "pattern": None if pattern is None else fingerprint(pattern)}
+        del reads["prefills"]  # it decides when a request begins, not what it reads
+    return {
+        "precision": config.precision.label,
+        "dtype": config.dtype,
+        "max_model_len": config.limits.max_model_len,
+        "sparsity": reads,
+    }
 
 
 class Run:

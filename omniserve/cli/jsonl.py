@@ -106,7 +106,7 @@ def fingerprint(model: str) -> str:
     path = Path(model)
     if not path.exists():
         return model
-    wanted = {".gguf", ".jinja", ".json", ".model", ".safetensors"}
+    wanted = {".gguf", ".jinja", ".json", ".model", ".safetensors", ".tsv"}
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file() and p.suffix in wanted)
     digest = hashlib.sha256()
     for file in files:

@@ -73,6 +73,7 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
     (TEXT, {"prompt": [[1, 2, 3], [4, 5]], "max_tokens": 6, "temperature": 0, "ignore_eos": True}),
     (TEXT, {"prompt": ["a", "b"], "n": 2, "max_tokens": 20, "seed": 9, "stop": ["e", "\n"]}),
     (TEXT, {"prompt": "x", "allowed_token_ids": [70], "logprobs": 3, "max_tokens": 2, "seed": 3}),
+    (CHAT, {"messages": said("n"), "structured_outputs": {"regex": "[0-9]{3}"}, "max_tokens": 9, "seed": 2}),
 ]
 
 
@@ -81,7 +82,7 @@ def test_lines_are_answered_as_by_a_server(run: Run, tiny: Path, served: Server,
     write(tmp_path / "in.jsonl", rows)
     ran = run("batch", "in.jsonl", "out.jsonl", *EXACT)
     assert (ran.code, ran.out) == (0, ""), ran
-    assert "out.jsonl: 7 lines, 7 answered, 0 with an error, " in ran.err
+    assert "out.jsonl: 8 lines, 8 answered, 0 with an error, " in ran.err
     found = read(tmp_path / "out.jsonl")
     assert [one["custom_id"] for one in found] == [row["custom_id"] for row in rows]
     for one, (url, body) in zip(found, BODIES, strict=True):
@@ -96,6 +97,8 @@ def test_lines_are_answered_as_by_a_server(run: Run, tiny: Path, served: Server,
         assert {k: v for k, v in answer["usage"].items() if k != "prompt_tokens_details"} == {
             k: v for k, v in expected["usage"].items() if k != "prompt_tokens_details"
         }
+
+    assert found[-1]["response"]["body"]["choices"][0]["message"]["content"].isdigit()
 
 
 BAD: dict[str, tuple[Any, str, list[str]]] = {

@@ -595,6 +595,7 @@ def test_other_settings_are_told_before_the_model_is_loaded(run: Run, tiny: Path
     check_refusal(ran, "was begun with other settings (seed 0, now 8)", "--overwrite")
     assert "context" not in ran.err
     check_refusal(run(*flags, "--max-model-len", "64"), "max_model_len 256, now 64")
+    check_refusal(run(*flags, "--sparsity", "dynamic", "--token-budget", "128"), "(sparsity None, now {'streaming'")
     assert run(*flags, "--max-num-seqs", "2").code == 0
     assert run(*flags, "--seed", "8", "--overwrite").code == 0
 
