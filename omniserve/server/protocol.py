@@ -374,24 +374,24 @@ class ChatRequest(Sampling):
     @property
     def choice(self) -> str:
         """Which tools the model may use: none, auto, required, or `=` and the name of a function. Raises ApiError."""
-        given = self.tool_choice
-        if isinstance(given, dict):
-            match given:
-                case {"type": "function", "function": {"name": str(name)}}:
-                    given = f"={name}"
-                case _:
-                    raise ApiError(400, f"tool_choice must be {_CHOICES}", param="tool_choice")
-        if given in (None, "auto") and not self.tools:
-            return "none"
-        if given not in (None, "none", "auto", "required") and not given.startswith("="):
-            raise ApiError(400, f"tool_choice must be {_CHOICES}", param="tool_choice")
-        if given not in (None, "none") and not self.tools:
-            raise ApiError(400, "tool_choice goes with tools, and there are none", param="tool_choice")
+        match self.tool_choice:
+            case None | "auto":
+                return "auto" if self.tools else "none"
+            case "none":
+                return "none"
+            case "required":
+                name = None
+            case {"type": "function", "function": {"name": str(name)}}:
+                pass
+            case _:
+                raise ApiError(400, f"tool_choice must be {_CHOICES}", param="tool_choice")
         names = [tool.function.name for tool in self.tools or ()]
-        if given is not None and given.startswith("=") and given[1:] not in names:
+        if not names:
+            raise ApiError(400, "tool_choice goes with tools, and there are none", param="tool_choice")
+        if name is not None and name not in names:
             known = ", ".join(names)[:200]
-            raise ApiError(400, f"tool_choice: no tool has the name {given[1:][:80]!r}: {known}", param="tool_choice")
-        return given or "auto"
+            raise ApiError(400, f"tool_choice: no tool has the name {name[:80]!r}: {known}", param="tool_choice")
+        return "required" if name is None else f"={name}"
 
     def sampling(self, defaults: Mapping[str, Any], form: StructuredOutputs | None = None) -> SamplingParams:
         """Return how tokens are drawn; without a limit the rest of the context is the limit. Raises RequestError."""

@@ -198,6 +198,7 @@ def test_conversations_with_tools(tooled: Server) -> None:
     ("change", "words", "param"),
     [
         ({"tool_choice": "maybe"}, "none, auto, required", "tool_choice"),
+        ({"tool_choice": "=weather"}, "none, auto, required", "tool_choice"),
         ({"tool_choice": {"type": "function"}}, "none, auto, required", "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "tides"}}}, "'tides': weather, now", "tool_choice"),
         ({"tool_choice": "required", "tools": None}, "there are none", "tool_choice"),
