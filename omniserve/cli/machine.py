@@ -14,7 +14,7 @@ NEEDED = ("torch", "numpy", "safetensors", "tokenizers")
 OPTIONAL = (
     "gguf", "jinja2", "cyclopts", "rich", "pyyaml", "transformers", "accelerate", "huggingface-hub", "triton",
     "fastapi", "uvicorn", "llguidance", "msgspec", "prometheus-client", "httpx", "aiohttp",
-    "matplotlib", "textual", "lm-eval",
+    "opentelemetry-sdk", "matplotlib", "textual", "lm-eval",
 )  # fmt: skip
 _FLAGS = (
     "sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx_vnni_int8", "avx512f", "avx512bw", "avx512_vnni",
