@@ -16,9 +16,12 @@ from omniserve.cli.doctor import doctor
 from omniserve.cli.fidelity import fidelity
 from omniserve.cli.flags import Common, with_dashes
 from omniserve.cli.load import serving
+from omniserve.cli.lserve import translated
 from omniserve.cli.quality import perplexity
 from omniserve.cli.quantize import quantize
+from omniserve.cli.retrieval import needle, ruler
 from omniserve.cli.serve import serve
+from omniserve.cli.sparsity import identify
 from omniserve.cli.speed import throughput
 from omniserve.cli.tokenizer import export_tokenizer
 from omniserve.cli.top import top
@@ -29,7 +32,8 @@ app = App(
     version=__version__,
     help_format="plaintext",
 )
-evaluate = App(name="eval", help="Quality of a model: perplexity, fidelity.")
+evaluate = App(name="eval", help="Quality of a model: perplexity, fidelity, needle, ruler.")
+sparsity = App(name="sparsity", help="Sparse attention: identify the retrieval heads of a model.")
 bench = App(name="bench", help="Speed: throughput of a model, latencies of a server.")
 app.command(generate)
 app.command(chat)
@@ -40,11 +44,15 @@ app.command(convert)
 app.command(top)
 app.command(export_tokenizer)
 app.command(evaluate)
+app.command(sparsity)
 app.command(bench)
 app.command(doctor)
 app.command(demo)
 evaluate.command(perplexity)
 evaluate.command(fidelity)
+evaluate.command(needle)
+evaluate.command(ruler)
+sparsity.command(identify)
 bench.command(throughput)
 bench.command(serving)
 
@@ -54,7 +62,9 @@ def parse(tokens: Sequence[str]) -> tuple[Callable[[], object], Common]:
 
     Raises CycloptsError or ConfigError.
     """
-    command, bound, _ = app.parse_args(with_dashes(tokens), print_error=False, exit_on_error=False, verbose=False)
+    command, bound, _ = app.parse_args(
+        translated(with_dashes(tokens)), print_error=False, exit_on_error=False, verbose=False
+    )
     common = next((value for value in bound.arguments.values() if isinstance(value, Common)), Common())
     return partial(command, *bound.args, **bound.kwargs), common
 

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -95,11 +96,13 @@ def build(
     *,
     dtype: DtypeName | None = None,
     on_load: LoadProgress | None = None,
+    make_policy: Callable[[ModelSpec, torch.device], Policy] | None = None,
 ) -> Built:
     """Load a model and return its engine.
 
     model  a .gguf file, a folder or a name on huggingface.co; None if `options.shape` stands for one
     dtype  overrides `options.dtype`; float64 is for tests, in which laws hold token for token
+    make_policy  makes another policy than that of `options.sparsity`, for measurements
     Raises OmniserveError.
     """
     started = time.perf_counter()
@@ -113,7 +116,7 @@ def build(
     precision = choose_precision(options, stored)
     scales = kv_scales(source, spec.layers) if precision.kv == "kv8" and (not scheme or scheme.kv.static) else None
     where = torch.device(device.kind)
-    policy = make_policy(spec, choose_sparsity(options), where)
+    policy = (make_policy or partial(policy_of, choose_sparsity(options)))(spec, where)
     chosen = dtype or _dtype(options, source, device)
     kv = kv_format(precision.kv, dtype=TORCH[chosen], static=scales is not None)
     config = resolve(
@@ -279,7 +282,7 @@ def _letters(policy: Policy, layer: int, spec: ModelSpec) -> str:
     return "".join(letters)
 
 
-def make_policy(spec: ModelSpec, sparsity: Sparsity, device: torch.device) -> Policy:
+def policy_of(sparsity: Sparsity, spec: ModelSpec, device: torch.device) -> Policy:
     """Return what sparsity means for a model. Raises ConfigError."""
     if sparsity.off:
         return Dense(spec)

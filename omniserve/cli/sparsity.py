@@ -1,0 +1,115 @@
+"""`omniserve sparsity identify`: which key heads of a model retrieve."""
+
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from omniserve.base.errors import ConfigError
+from omniserve.cli.flags import NO_FLAGS, Common, EngineFlags, Whole, settings
+from omniserve.cli.loading import leaving_at_once, need_torch
+from omniserve.cli.output import Bars, result
+
+if TYPE_CHECKING:
+    from omniserve.engine.build import Built
+    from omniserve.sparsity.identify import Sample
+
+OUTSIDE = 256
+"""Tokens between a passkey and either end of the text, at least: more than sink and window."""
+
+
+def identify(
+    model: str,
+    /,
+    *,
+    output: Annotated[Path, Parameter(name=["--output", "-o"])],
+    length: Whole = 1024,
+    samples: Whole = 12,
+    engine: EngineFlags = NO_FLAGS,
+    common: Common = Common(),  # noqa: B008  # frozen
+) -> None:
+    """Find the retrieval heads of a model and write a folder for --attn-pattern.
+
+    The model reads texts with a passkey that is repeated at the end; a key head's number is the share of its attention
+    that falls on the passkey where it is repeated (attention mass, no training).
+
+    Parameters
+    ----------
+    model
+        A .gguf file, a model folder or a name on huggingface.co (ORG/NAME).
+    output
+        Folder for full_attention_heads.tsv and config.json.
+    length
+        Tokens of a text.
+    samples
+        Texts to read.
+    """
+    options = settings(engine, common)
+    if samples < 1 or length < 3 * OUTSIDE:
+        raise ConfigError(
+            f"--samples {samples} --length {length}: must be 1 or more samples of {3 * OUTSIDE} tokens or more"
+        )
+    need_torch()
+    with leaving_at_once():
+        from omniserve.engine.identify import identify as measured
+        from omniserve.sparsity.patterns import write_pattern
+    with Bars() as bars:
+        values, built = measured(
+            model,
+            options,
+            lambda built: passkeys(built, length=length, samples=samples, seed=options.seed),
+            on_load=bars.update,
+            on_progress=lambda done, total: bars.update("read", done, total),
+        )
+    built.engine.close()
+    about = {
+        "model_name": built.plan.model,
+        "method": "attention mass on passkeys",
+        "length": length,
+        "samples": samples,
+        "seed": options.seed,
+        "precision": built.config.precision.name,
+    }
+    write_pattern(output, values, about)
+    flat = sorted((value for line in values for value in line), reverse=True)
+    half = flat[: len(flat) // 2]
+    result(
+        f"{output}: {len(flat)} key heads in {len(values)} layers; the first half holds "
+        f"{100 * sum(half) / (sum(flat) or 1):.0f} % of the attention on passkeys (largest {flat[0]:.2f}, "
+        f"median {flat[len(flat) // 2]:.3f}, smallest {flat[-1]:.4f})"
+    )
+
+
+def passkeys(built: "Built", *, length: int, samples: int, seed: int) -> "list[Sample]":
+    """Return texts of `length` tokens with a passkey that is repeated at the end. Raises ConfigError."""
+    from omniserve.evals.retrieval import sentence
+    from omniserve.sparsity.identify import Sample
+    from omniserve.text import Tokenizer
+
+    limit = built.config.limits.max_model_len
+    if length >= limit:
+        raise ConfigError(f"--length {length}: must be below max_model_len={limit}")
+    tokenizer = Tokenizer.load(built.source, None, max_prompt_bytes=16 * limit)
+    bos = tokenizer.encode("")
+    found = []
+    for number in range(samples):
+        draw = random.Random(f"{seed} {number}")
+        secret = " ".join(str(draw.randint(10000, 99999)) for _ in range(2))
+        key = tokenizer.encode(f" {secret}", special=False)
+        before = tokenizer.encode("The secret passkey is", special=False)
+        after = tokenizer.encode(". Remember it. ", special=False)
+        asking = tokenizer.encode(
+            "\n\nQuestion: What is the secret passkey?\nAnswer: The secret passkey is", special=False
+        )
+        room = length - sum(map(len, (bos, before, key, after, asking, key)))
+        filler: list[int] = []
+        while len(filler) < room:
+            filler += tokenizer.encode(sentence(draw), special=False)
+        at = draw.randint(OUTSIDE, max(room - OUTSIDE, OUTSIDE))
+        ids = [*bos, *filler[:at], *before]
+        span = range(len(ids), len(ids) + len(key))
+        ids += [*key, *after, *filler[at:room], *asking]
+        # A key's first token is predicted from the question's last one, its last token from the one before it.
+        found.append(Sample(ids=[*ids, *key], span=span, asking=range(len(ids) - 1, len(ids) + len(key) - 1)))
+    return found
