@@ -213,6 +213,11 @@ def eventually(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
+def allowed(seconds: float) -> float:
+    """What takes so long on a quiet machine may take longer on one whose cores others use as well."""
+    return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 def until_quiet(seconds: float) -> None:
     """Wait until others leave a core to us, at most so long."""
     end = time.monotonic() + seconds

@@ -19,7 +19,7 @@ import pytest
 
 from tests.cli.commands import Ran, check_refusal
 from tests.cli.conftest import run
-from tests.server.harness import Server, check_error, events, eventually, serving
+from tests.server.harness import Server, allowed, check_error, events, eventually, serving
 
 __all__ = ["run"]
 LONG = {"prompt": [1, 2, 3], "max_tokens": 8000, "temperature": 0}
@@ -233,9 +233,9 @@ def interrupted(server: Server) -> float:
 
 
 def quickest(once: Callable[[], float]) -> float:
-    """The best of a few tries: the machine may be busy with other things."""
+    """The best of a few tries."""
     spent = [once()]
-    while min(spent) >= SIGINT_SECONDS and len(spent) < 4:
+    while min(spent) >= allowed(SIGINT_SECONDS) and len(spent) < 3:
         spent.append(once())
     return min(spent)
 
@@ -250,7 +250,7 @@ def test_ctrl_c_under_load() -> None:
             assert reader.events()[-1]["error"]["code"] == 503
             return spent
 
-    assert quickest(once) < SIGINT_SECONDS
+    assert quickest(once) < allowed(SIGINT_SECONDS)
 
 
 def test_ctrl_c_while_the_model_loads(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_ctrl_c_while_the_model_loads(tmp_path: Path) -> None:
             check_error(server.post("/v1/completions", LONG), 503, "ServiceUnavailableError", "loading")
             return interrupted(server)
 
-    assert quickest(once) < SIGINT_SECONDS
+    assert quickest(once) < allowed(SIGINT_SECONDS)
 
 
 def test_an_engine_without_a_server_ends() -> None:
