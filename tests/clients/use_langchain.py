@@ -8,6 +8,7 @@ from typing import Any, Literal
 import checks
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 from openai import OpenAI
 from pydantic import BaseModel
@@ -90,9 +91,42 @@ class Capital(BaseModel):
 
 
 def structured_output(model: ChatOpenAI) -> str:
-    answer = model.with_structured_output(Capital, method="json_schema").invoke(QUESTION)
-    assert isinstance(answer, Capital)
-    return repr(answer)
+    answers = [
+        model.with_structured_output(Capital, method=method).invoke(QUESTION)
+        for method in ("json_schema", "function_calling")
+    ]
+    assert all(isinstance(answer, Capital) for answer in answers), answers
+    return f"{answers[0]!r} as JSON, {answers[1]!r} as a call"
+
+
+@tool
+def weather(city: Literal["Paris", "Berlin"]) -> str:
+    """The weather in a city."""
+    return f"It is sunny in {city}."
+
+
+def tools(model: ChatOpenAI) -> str:
+    """Strict: no other arguments than those of the function, which a small model would go on to invent."""
+    question = HumanMessage("What is the weather in Paris?")
+    answer = model.bind_tools([weather], strict=True, tool_choice="any", parallel_tool_calls=False).invoke([question])
+    (call,) = answer.tool_calls
+    assert call["name"] == "weather"
+    result = weather.invoke(call)
+    final = model.bind_tools([weather], strict=True, tool_choice="none").invoke([question, answer, result])
+    assert isinstance(final.content, str)
+    return f"weather({call['args']}) says {result.content!r}; then {final.content[:40]!r}..."
+
+
+def tools_in_a_stream(model: ChatOpenAI) -> str:
+    chunks = list(
+        model.bind_tools([weather], strict=True, tool_choice="weather").stream("What is the weather in Berlin?")
+    )
+    total = chunks[0]
+    for chunk in chunks[1:]:
+        total += chunk
+    (call,) = total.tool_calls
+    assert call["name"] == "weather"
+    return f"{len(chunks)} chunks: weather({call['args']})"
 
 
 CHECKS = [
@@ -104,6 +138,8 @@ CHECKS = [
     log_probabilities,
     stop,
     structured_output,
+    tools,
+    tools_in_a_stream,
 ]
 
 
@@ -111,7 +147,7 @@ def main(url: str) -> None:
     with OpenAI(base_url=f"{url}/v1", api_key="x") as client:
         name = client.models.list().data[0].id
     model = ChatOpenAI(
-        base_url=f"{url}/v1", api_key="x", model=name, max_completion_tokens=48, temperature=0, max_retries=0
+        base_url=f"{url}/v1", api_key="x", model=name, max_completion_tokens=96, temperature=0, max_retries=0
     )  # type: ignore[arg-type]  # a text is fine
     print(f"langchain-openai {version('langchain-openai')} at a server of {name}")
     checks.run(CHECKS, model)

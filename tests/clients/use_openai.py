@@ -4,6 +4,7 @@ Runs with openai 2 and 3. Every check prints one line; the first that fails ends
 """
 
 import asyncio
+import json
 import sys
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -154,6 +155,58 @@ def json_object(served: Served) -> str:
     return repr(text[:40])
 
 
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather in a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"enum": ["Paris", "Berlin", "Rome"]},
+                "unit": {"enum": ["celsius", "fahrenheit"]},
+            },
+            "required": ["city", "unit"],
+            "additionalProperties": False,
+        },
+    },
+}
+FORCED: dict[str, Any] = {"type": "function", "function": {"name": "get_weather"}}
+
+
+def tools(served: Served) -> str:
+    """A small model must be told to call; what it then calls with follows the schema."""
+    asked = [{"role": "user", "content": "What is the weather in Paris, in celsius?"}]
+    ask = {"messages": asked, "tools": [WEATHER], "max_tokens": 100}
+    choice = served.chat(**ask, tool_choice="required", parallel_tool_calls=False).choices[0]
+    assert choice.finish_reason == "tool_calls"
+    (call,) = choice.message.tool_calls
+    assert (call.type, call.function.name) == ("function", "get_weather")
+    arguments = json.loads(call.function.arguments)
+    assert arguments["city"] in WEATHER["function"]["parameters"]["properties"]["city"]["enum"]
+    answer = served.chat(
+        messages=[*asked, choice.message, {"role": "tool", "tool_call_id": call.id, "content": "21 degrees, sunny"}]
+    )
+    assert answer.choices[0].message.content
+    return f"get_weather({arguments}), then {answer.choices[0].message.content!r}"
+
+
+def tools_in_a_stream(served: Served) -> str:
+    asked = [{"role": "user", "content": "What is the weather in Berlin, in fahrenheit?"}]
+    ask = {"messages": asked, "tools": [WEATHER], "tool_choice": FORCED, "max_tokens": 100}
+    choice = served.chat(**ask).choices[0]
+    (whole,) = choice.message.tool_calls
+    chunks = list(served.chat(**ask, stream=True))
+    pieces = [piece for chunk in chunks for piece in chunk.choices[0].delta.tool_calls or []]
+    assert [piece.function.name for piece in pieces if piece.function.name] == ["get_weather"]
+    assert len([piece.id for piece in pieces if piece.id]) == 1
+    assert {piece.index for piece in pieces} == {0}
+    arguments = "".join(piece.function.arguments or "" for piece in pieces)
+    assert json.loads(arguments) == json.loads(whole.function.arguments)
+    assert chunks[-1].choices[0].finish_reason == choice.finish_reason
+    return f"{len(pieces)} pieces of {json.loads(arguments)}"
+
+
 def typed_exceptions(served: Served) -> str:
     seen = []
 
@@ -242,6 +295,8 @@ CHECKS = [
     content_as_parts,
     json_schema,
     json_object,
+    tools,
+    tools_in_a_stream,
     typed_exceptions,
     raw_response,
     concurrent_async,
