@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from omniserve.cli.main import GATE
+from omniserve.cli.exits import GATE
 from omniserve.evals.fidelity import Fidelity
 from omniserve.evals.perplexity import Score
 from omniserve.formats.artifact import KVScheme, Scheme
