@@ -19,7 +19,7 @@ from omniserve.cli.load import serving
 from omniserve.cli.lserve import translated
 from omniserve.cli.quality import perplexity
 from omniserve.cli.quantize import quantize
-from omniserve.cli.retrieval import needle, ruler
+from omniserve.cli.retrieval import longbench, needle, ruler
 from omniserve.cli.serve import serve
 from omniserve.cli.sparsity import identify
 from omniserve.cli.speed import throughput
@@ -32,7 +32,7 @@ app = App(
     version=__version__,
     help_format="plaintext",
 )
-evaluate = App(name="eval", help="Quality of a model: perplexity, fidelity, needle, ruler.")
+evaluate = App(name="eval", help="Quality of a model: perplexity, fidelity, needle, ruler, LongBench.")
 sparsity = App(name="sparsity", help="Sparse attention: identify the retrieval heads of a model.")
 bench = App(name="bench", help="Speed: throughput of a model, latencies of a server.")
 app.command(generate)
@@ -52,6 +52,7 @@ evaluate.command(perplexity)
 evaluate.command(fidelity)
 evaluate.command(needle)
 evaluate.command(ruler)
+evaluate.command(longbench)
 sparsity.command(identify)
 bench.command(throughput)
 bench.command(serving)

@@ -1,6 +1,8 @@
-"""`omniserve eval needle` and `eval ruler`: does a model still find what is far away, dense against sparse."""
+"""`omniserve eval needle`, `ruler` and `longbench`: long contexts, dense against sparse."""
 
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +15,8 @@ from omniserve.cli.loading import load, words
 from omniserve.cli.output import Bars, as_json, say, table
 
 if TYPE_CHECKING:
-    from omniserve.evals.retrieval import Cell, Results
+    from omniserve import LLM
+    from omniserve.evals.retrieval import Case, Cell, Results
 
 SPARSITY = (
     "static_sparsity", "attn_pattern", "sink", "local", "prefill_local", "max_prefills", "token_budget",
@@ -129,9 +132,117 @@ def _run(
     options = replace(options, max_model_len=options.max_model_len or max(sizes))
     if options.max_model_len is not None and max(sizes) > options.max_model_len:
         raise ConfigError(f"--lengths {lengths}: must be at most max_model_len={options.max_model_len}")
-    said = {name: getattr(options, name) for name in SPARSITY if getattr(options, name) is not None}
-    about = {"model": model, "precision": options.precision, "seed": options.seed, "sparsity": options.sparsity, **said}
+    about = _about(model, options)
     results = retrieval.Results(folder / "results.jsonl", about)
+
+    def ask(llm: "LLM", run: str, todo: "list[Cell]", progress: Callable[[int, int], None]) -> None:
+        make = retrieval.questions(llm, options.seed)
+        retrieval.measure(llm, run, todo, results, make=make, rate=retrieval.score, on_progress=progress)
+
+    runs = _both(model, options, cells, results, ask, json=json)
+    _report(results, runs, cells, tasks, folder, about, json=json)
+
+
+def longbench(
+    model: str | None = None,
+    /,
+    *,
+    data: Path,
+    output: Output,
+    tasks: str = "all",
+    samples: Whole | None = None,
+    plain: Annotated[bool, Parameter(negative="")] = False,
+    json: Annotated[bool, Parameter(negative="")] = False,
+    engine: EngineFlags = NO_FLAGS,
+    common: Common = Common(),  # noqa: B008  # frozen
+) -> None:
+    """LongBench v1, English and code tasks, from your own copy of its data; dense against sparse, resumable.
+
+    Parameters
+    ----------
+    model
+        A .gguf file, a model folder or a name on huggingface.co (ORG/NAME).
+    data
+        Folder with dataset2prompt.json, dataset2maxlen.json and <task>.jsonl of LongBench.
+    output
+        Folder for results.jsonl.
+    tasks
+        Names with commas between them, or "all": those whose file is there.
+    samples
+        First items of each task; default: all.
+    plain
+        Use no chat template; few-shot and code tasks never do.
+    json
+        Print one JSON object.
+    """
+    from omniserve.evals import longbench as bench
+    from omniserve.evals import retrieval
+
+    options = settings(engine, common)
+    if samples is not None and samples < 1:
+        raise ConfigError(f"--samples {samples}: must be 1 or more")
+    names = words(tasks, "--tasks") if tasks != "all" else [t for t in bench.METRICS if (data / f"{t}.jsonl").exists()]
+    if not names:
+        raise ConfigError(f"{data}: holds none of {', '.join(bench.METRICS)} as <task>.jsonl")
+    items = {task: bench.read_items(data, task)[:samples] for task in names}
+    cells = [
+        retrieval.Cell(task=task, length=0, depth=0, sample=number)
+        for task, of in items.items()
+        for number in range(len(of))
+    ]
+    about = _about(model, options) | {"plain": plain, "max_model_len": options.max_model_len}
+    results = retrieval.Results(output / "results.jsonl", about)
+
+    def make(llm: "LLM", cell: "Cell") -> "Case":
+        item = items[cell.task][cell.sample]
+        room = llm.config.limits.max_model_len - item.max_tokens
+        bare = plain or cell.task in bench.NO_TEMPLATE
+        ids = bench.cut(llm.tokenizer.encode(item.prompt, special=bare), room if bare else max(room - 64, 2))
+        if not bare:  # the text is cut before the template is put around it
+            ids = llm.tokenizer.chat([{"role": "user", "content": llm.tokenizer.decode(ids)}])[:room]
+        return retrieval.Case(cell=cell, ids=tuple(ids), answers=item.answers, max_tokens=item.max_tokens)
+
+    def rate(one: "Case", text: str) -> float:
+        return bench.score(one.cell.task, text, items[one.cell.task][one.cell.sample])
+
+    def ask(llm: "LLM", run: str, todo: "list[Cell]", progress: Callable[[int, int], None]) -> None:
+        retrieval.measure(llm, run, todo, results, make=partial(make, llm), rate=rate, on_progress=progress)
+
+    runs = _both(model, options, cells, results, ask, json=json)
+    rows = [[retrieval.mean(results.scores[run], task=task) for run in runs] for task in names]
+    if json:
+        scores = {task: dict(zip(runs, row, strict=True)) for task, row in zip(names, rows, strict=True)}
+        as_json({**about, "scores": scores})
+        return
+    means = [sum(value or 0.0 for value in column) / len(column) for column in zip(*rows, strict=True)]
+    lines = [[task, *_numbers(row)] for task, row in [*zip(names, rows, strict=True), ("mean", means)]]
+    columns = ["task", *runs, *(["difference"] if len(runs) > 1 else [])]
+    table(columns, lines, title=f"{model}: LongBench, {len(cells)} items")
+    say(f"every answer: {output / 'results.jsonl'}")
+
+
+def _about(model: str | None, options: Options) -> dict[str, Any]:
+    """Return what a file of results is of."""
+    said = {name: getattr(options, name) for name in SPARSITY if getattr(options, name) is not None}
+    return {
+        "model": model,
+        "precision": options.precision,
+        "seed": options.seed,
+        "sparsity": options.sparsity,
+        **said,
+    }
+
+
+def _both(
+    model: str | None,
+    options: Options,
+    cells: "list[Cell]",
+    results: "Results",
+    ask: "Callable[[LLM, str, list[Cell], Callable[[int, int], None]], None]",
+    *,
+    json: bool,
+) -> list[str]:
+    """Ask the dense model, then the sparse one, whatever is not known yet; return the names of the runs."""
     off: dict[str, Any] = {"sparsity": "off", **dict.fromkeys(SPARSITY)}
     runs = {"dense": replace(options, **off)}
     if options.sparsity != "off":
@@ -140,15 +251,8 @@ def _run(
         if all(cell in results.scores.get(run, {}) for cell in cells):
             continue
         with load(model, chosen, quiet=json, role=f"{run}: ") as llm, Bars(quiet=json) as bars:
-            retrieval.measure(
-                llm,
-                run,
-                cells,
-                results,
-                seed=options.seed,
-                on_progress=lambda done, total, run=run: bars.update(run, done, total),  # type: ignore[misc]
-            )
-    _report(results, list(runs), cells, tasks, folder, about, json=json)
+            ask(llm, run, cells, partial(bars.update, run))
+    return list(runs)
 
 
 def _report(

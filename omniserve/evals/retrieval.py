@@ -182,9 +182,9 @@ def case(cell: Cell, encode: Encode, *, seed: int, bos: Sequence[int]) -> Case:
     return Case(cell=cell, ids=ids, answers=tuple(answers), max_tokens=most)
 
 
-def score(output: str, answers: Sequence[str]) -> float:
+def score(asked: Case, output: str) -> float:
     """Return the percentage of the answers that the output holds."""
-    return 100 * sum(answer.lower() in output.lower() for answer in answers) / len(answers)
+    return 100 * sum(answer.lower() in output.lower() for answer in asked.answers) / len(asked.answers)
 
 
 class Results:
@@ -218,26 +218,38 @@ class Results:
             file.write(json.dumps({"run": run, **asdict(cell), "score": value, "output": output}) + "\n")
 
 
-def measure(
-    llm: "LLM", run: str, cells: Iterable[Cell], results: Results, *, seed: int, on_progress: Callable[[int, int], None]
-) -> None:
-    """Ask a model the questions of the cells that are not in the results yet. Raises OmniserveError."""
-    todo = [cell for cell in cells if cell not in results.scores.get(run, {})]
+def questions(llm: "LLM", seed: int) -> Callable[[Cell], Case]:
+    """Return what makes a model's questions of cells."""
     bos = llm.tokenizer.encode("")
+    return lambda cell: case(cell, lambda text: llm.tokenizer.encode(text, special=False), seed=seed, bos=bos)
 
-    def encode(text: str) -> list[int]:
-        return llm.tokenizer.encode(text, special=False)
+
+def measure(
+    llm: "LLM",
+    run: str,
+    cells: Iterable[Cell],
+    results: Results,
+    *,
+    make: Callable[[Cell], Case],
+    rate: Callable[[Case, str], float],
+    on_progress: Callable[[int, int], None],
+) -> None:
+    """Ask a model the questions of the cells that are not in the results yet. Raises OmniserveError.
+
+    make, rate  a cell's question, made when it is asked; the score of an output in percent
+    """
+    todo = [cell for cell in cells if cell not in results.scores.get(run, {})]
 
     def asked() -> Iterator[tuple[Case, list[int], SamplingParams]]:
         for cell in todo:
-            one = case(cell, encode, seed=seed, bos=bos)
+            one = make(cell)
             yield one, list(one.ids), SamplingParams(temperature=0.0, max_tokens=one.max_tokens)
 
     for done, (one, result) in enumerate(llm.run(asked(), ahead=llm.config.limits.max_seqs), 1):
         if isinstance(result, OmniserveError):
             raise result
         output = result.outputs[0].text
-        results.add(run, one.cell, score(output, one.answers), output)
+        results.add(run, one.cell, rate(one, output), output)
         on_progress(done, len(todo))
 
 

@@ -180,6 +180,28 @@ def test_ruler_tasks(run: Run, tiny: Path) -> None:
     assert "too short" in run("eval", "ruler", tiny, "-o", "b", "--tasks", "pairs", "--lengths", "40").err
 
 
+def test_longbench(run: Run, tiny: Path) -> None:
+    place = Path("data")
+    place.mkdir()
+    (place / "dataset2prompt.json").write_text(json.dumps({"qasper": "{context} {input}", "lcc": "{context}"}))
+    (place / "dataset2maxlen.json").write_text(json.dumps({"qasper": 5, "lcc": 4}))
+    for task in ("qasper", "lcc"):
+        items = [{"input": "q?", "context": "word " * n, "answers": ["word"], "all_classes": None} for n in (9, 900)]
+        (place / f"{task}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    line = ["eval", "longbench", tiny, "--data", "data", "-o", "out", "--sparsity", "dynamic", "--token-budget", "128"]
+    ran = run(*line, "--json")
+    assert ran.code == 0, ran.err
+    assert {task: set(of) for task, of in json.loads(ran.out)["scores"].items()} == {
+        "qasper": {"dense", "dynamic"},
+        "lcc": {"dense", "dynamic"},
+    }
+    assert len(Path("out/results.jsonl").read_text().splitlines()) == 1 + 2 * 2 * 2
+    assert "mean" in run(*line).out
+    assert (
+        "must both have the task" in run("eval", "longbench", tiny, "--data", "data", "-o", "x", "--tasks", "trec").err
+    )
+
+
 def test_a_pattern_of_the_tests_is_read(tmp_path: Path) -> None:
     (tmp_path / "full_attention_heads.tsv").write_text("0.5\t-0.1\n1\t0\n")
     assert read_pattern(tmp_path, layers=2, heads=2).values == ((0.5, 0.0), (1.0, 0.0))
