@@ -6,7 +6,7 @@ and 8 key heads, D = 128) and SmolLM2-135M (hidden 576, D = 64, groups of 3).
 
 from collections.abc import Iterator
 
-from omniserve.kernels import linear, rows, write
+from omniserve.kernels import attention, linear, rows, write
 from omniserve.kernels.ahead import Spec
 
 ARCHITECTURES = (80, 86, 89, 90)
@@ -24,11 +24,16 @@ GEMM_LOOPS = {
 """SASS instructions of one turn of each product's loop, by tokens: on compute capability 9.0, and on the others."""
 
 
+ATTEND_LOOPS = {4: (1900, 1500), 8: (2000, 1750), 16: (900, 480)}
+"""SASS instructions of one turn of attention's loop, by bits: of prompts, and of produced positions."""
+
+
 def specs(arch: int) -> Iterator[Spec]:
-    """Yield all specs of a card; the first of each kernel is its representative."""
+    """Yield all specs of a card; `first` are one per kernel on compute capability 9.0, and a product on the others."""
     yield from _linear(arch)
     yield from _rows(arch)
     yield from _write(arch)
+    yield from _attention(arch)
 
 
 def _linear(arch: int) -> Iterator[Spec]:
@@ -53,7 +58,7 @@ def _linear(arch: int) -> Iterator[Spec]:
                 fusion=False,
                 matrix=_int8(arch, packed=bits == 4),
                 longest=GEMM_LOOPS[name][tokens][arch != 90],
-                first=(name, tokens) in (("g128", 64), ("w8a8", 16)),
+                first=tokens == 64 and (arch == 90 or name == "g128"),
             )
     yield Spec(
         name="sum of a split",
@@ -64,7 +69,7 @@ def _linear(arch: int) -> Iterator[Spec]:
         warps=4,
         loose=("M",),
         fusion=False,
-        first=True,
+        first=arch == 90,
     )
 
 
@@ -74,7 +79,7 @@ def _rows(arch: int) -> Iterator[Spec]:
     flags = {"INT8": True, "SUM": True}
     for columns in (576, 4096, 14336, 28672):
         block, warps = rows.block_of(columns)
-        common = {"arch": arch, "warps": warps, "fusion": False, "first": columns == 4096}
+        common = {"arch": arch, "warps": warps, "fusion": False, "first": arch == 90 and columns == 4096}
         yield Spec(
             name=f"quantize {columns}",
             kernel=rows.quantize_kernel,
@@ -121,8 +126,59 @@ def _write(arch: int) -> Iterator[Spec]:
                 warps=write.warps_of(group, head_dim),
                 loose=("kv_heads", "share"),
                 fusion=False,
-                first=(head_dim, bits) == (128, 4),
+                first=arch == 90 and (head_dim, bits) == (128, 4),
             )
+
+
+def _attention(arch: int) -> Iterator[Spec]:
+    model = "*bf16"
+    for group, head_dim in ((4, 128), (3, 64), (1, 128), (8, 256)):
+        for bits in (4, 8, 16):
+            for single in (True, False):
+                element = model if bits == 16 else "*u8"
+                sparse = group == 4 and bits == 4
+                flags = attention.constants(
+                    group, head_dim, bits,
+                    single=single, split=single, listed=sparse, slots=not sparse, to=sparse, window=sparse,
+                )  # fmt: skip
+                yield Spec(
+                    name=f"attend kv{bits}, {group} heads of {head_dim}, {'produced' if single else 'prompt'}",
+                    arch=arch,
+                    kernel=attention.attend_kernel,
+                    types={
+                        "q": model, "out": model, "parts": "*fp32", "norms": "*fp32", "codes": element,
+                        "params": "*fp16", "ids": "*i32", "index": "*i32", "count": "*i32", "slots": "*i64",
+                        "to": "*i64", "cu_q": "*i32", "seq_len": "*i32", "rows": "i32", "kv_heads": "i32",
+                        "q_stride": "i32", "out_stride": "i32", "out_head": "i32", "ids_row": "i32",
+                        "ids_head": "i32", "pieces": "i32", "scale": "fp32", "sink": "i32", "local": "i32",
+                    },
+                    constants=flags,
+                    warps=attention.warps_of(flags),
+                    stages=attention.stages_of(flags),
+                    loose=("rows", "kv_heads", "out_head", "ids_row", "ids_head", "pieces", "sink", "local", "cu_q",
+                           "seq_len", "count"),
+                    matrix=_float(arch, single=single),
+                    longest=ATTEND_LOOPS[bits][single],
+                    first=arch == 90 and (group, bits) == (4, 4),
+                )  # fmt: skip
+    yield Spec(
+        name="combine 128",
+        arch=arch,
+        kernel=attention.combine_kernel,
+        types={
+            "out": model, "parts": "*fp32", "norms": "*fp32", "to": "*i64", "cu_q": "*i32", "pages": "*i32",
+            "out_stride": "i32", "out_head": "i32", "heads": "i32", "pieces": "i32",
+        },
+        constants={"TO": True, "D": 128, "DP": 128, "PIECE": attention.PIECE},
+        warps=1,
+        loose=("out_head", "heads", "pieces", "cu_q", "pages"),
+        first=arch == 90,
+    )  # fmt: skip
+
+
+def _float(arch: int, *, single: bool) -> str:
+    """Return the pattern of 16-bit products: those of produced positions have 16 rows, too few for Hopper's own."""
+    return r"mma\S*\.f32\.(f16|bf16)"
 
 
 def _int8(arch: int, *, packed: bool) -> str:

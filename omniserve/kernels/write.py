@@ -182,6 +182,10 @@ def checked(stores: Sequence[LayerPages], head_dim: int) -> None:
     need(
         head_dim % 8 == 0 and head_dim <= 256, f"heads of {head_dim} dims on a GPU: multiples of 8 up to 256 are there"
     )
+    need(
+        all(store.statistics is None for store in stores),
+        "selecting pages on a GPU: dense and streaming heads are there, statistics of pages are not",
+    )
     need(form.bits < 32, f"{form.name} pages on a GPU: kv4, kv8 and kv16 are there")
     assert all(store.format == form and store.head_dim == head_dim for store in stores), [s.format for s in stores]
 
@@ -193,12 +197,10 @@ def rope_write_triton(
     """All head groups in one launch."""
     tokens, total, head_dim = qkv.shape
     need(qkv.dtype in OUTPUTS, f"rope_write of {qkv.dtype} on a GPU: float16, bfloat16 and float32 are there")
-    slots, stores = zip(
-        *((one, store) for one, store in zip(slots, stores, strict=True) if store.pages.shape[1]), strict=True
-    )
+    slots, stores = zip(*((one, store) for one, store in zip(slots, stores, strict=True) if store.heads), strict=True)
     checked(stores, head_dim)
     kv_heads = (total - heads) // 2
-    assert heads % kv_heads == 0 and sum(store.pages.shape[1] for store in stores) == kv_heads, (heads, kv_heads)
+    assert heads % kv_heads == 0 and sum(store.heads for store in stores) == kv_heads, (heads, kv_heads)
     q = torch.empty(tokens, heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     if not tokens:
         return q
@@ -227,7 +229,7 @@ def rope_write_triton(
         *both("key_mean", q),
         qkv.stride(0),
         kv_heads,
-        first[0].pages.shape[1],
+        first[0].heads,
         rope.eps,
         **constants(group, head_dim, form.bits, norm=norm, static=form.static, mean=mean, two=len(stores) == 2),
         num_warps=warps_of(group, head_dim),

@@ -8,7 +8,16 @@ import pytest
 
 from tests.kernels.processes import python
 
-KERNELS = {"add_norm_kernel", "gemm_kernel", "quantize_kernel", "rope_write_kernel", "sum_kernel", "swiglu_kernel"}
+KERNELS = {
+    "add_norm_kernel",
+    "attend_kernel",
+    "combine_kernel",
+    "gemm_kernel",
+    "quantize_kernel",
+    "rope_write_kernel",
+    "sum_kernel",
+    "swiglu_kernel",
+}
 """All kernels: each has at least one launch in the catalogue."""
 
 
@@ -24,8 +33,9 @@ def wrong(found: list[dict[str, Any]]) -> list[str]:
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_one_launch_of_every_kernel(arch: int, tmp_path: Path) -> None:
+    """On 9.0; on 8.0 the product, whose instruction is another there."""
     found = built(arch, "first", tmp_path)
-    assert {one["kernel"] for one in found} == KERNELS
+    assert {one["kernel"] for one in found} == (KERNELS if arch == 90 else {"gemm_kernel"})
     assert wrong(found) == []
 
 

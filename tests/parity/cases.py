@@ -1,6 +1,7 @@
 """Cases of every operation that has more than its reference: what implementations are compared on."""
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,10 +9,13 @@ from torch import Tensor
 
 from omniserve.base.config import KVName
 from omniserve.base.spec import RopeSpec
+from omniserve.base.types import PAGE
 from omniserve.formats.kv import LayerPages, kv_format
 from omniserve.formats.w4a8 import W4A8
 from omniserve.formats.w16a16 import pack
 from omniserve.ops.act import ActFormat
+from omniserve.ops.batch import PageList, Reading, Rows, Visible, Workspace
+from omniserve.ops.pages import HeadGroup
 from omniserve.ops.rope import Rope, make_rope
 
 Args = tuple[Any, ...]
@@ -156,7 +160,7 @@ def rope_write() -> Iterator[tuple[str, Args]]:
         ("kv4", False, False), ("kv4", False, True), ("kv8", False, False), ("kv8", True, True), ("kv16", False, True),
         ("kv16", False, False),
     )  # fmt: skip
-    shapes = ((1, 9, (3,), 64), (5, 4, (2, 2), 80), (4, 8, (1,), 32), (0, 2, (2,), 16), (3, 2, (2,), 128))
+    shapes = ((1, 9, (3,), 64), (5, 4, (1, 3), 80), (4, 8, (1,), 32), (0, 2, (2,), 16), (3, 2, (2,), 128))
     for number, (name, static, mean) in enumerate(formats):
         for place, (tokens, heads, kv, dim) in enumerate(shapes):
             total = sum(kv)
@@ -181,6 +185,97 @@ def rope_write() -> Iterator[tuple[str, Args]]:
     yield "normed heads", (qkv, *args)
 
 
+def _filled(name: KVName, heads: int, dim: int, pages: int, dtype: torch.dtype) -> LayerPages:
+    """Pages whose keys and values are all written, at offsets and ranges of their own."""
+    form = kv_format(name, dtype=dtype)
+    store = LayerPages(torch.zeros(pages, heads, form.page_bytes(dim), dtype=torch.uint8), form, dim)
+    k, v = (torch.randn(pages * PAGE, heads, dim, generator=_generator(dim + s)) for s in (1, 2))
+    v = v * torch.logspace(-2, 0.5, pages * PAGE)[:, None, None] + 0.3
+    store.write(torch.arange(pages * PAGE), k.to(dtype), v.to(dtype))
+    return store
+
+
+def _rows_of(lengths: Sequence[int], tokens: Sequence[int]) -> Rows:
+    """Rows whose last token stands at length - 1; those of one token come first and are produced positions."""
+    singles = sum(1 for count in tokens if count == 1)
+    cu_q = torch.tensor([0, *itertools.accumulate(tokens)], dtype=torch.int32)
+    return Rows(cu_q=cu_q, seq_len=torch.tensor(lengths, dtype=torch.int32), singles=singles, longest=max(lengths))
+
+
+def _forget(store: LayerPages, ids: Tensor, lengths: Sequence[int]) -> None:
+    """Fill what lies behind a row's end, and page 0, with NaN."""
+    nothing = torch.tensor(float("nan"))
+    for row, length in enumerate(lengths):
+        end, offset = ids[row, (length - 1) // PAGE], (length - 1) % PAGE + 1
+        if store.format.quantized:
+            store.params[end, :, :, offset:] = nothing
+        else:
+            store.codes[end, :, :, offset:] = nothing
+    (store.params if store.format.quantized else store.codes)[0] = nothing
+
+
+def attend() -> Iterator[tuple[str, Args]]:
+    """Produced positions and prompts, page boundaries, several pieces, sliding windows, lists, streaming, head maps."""
+    shapes: tuple[tuple[KVName, int, int, int], ...] = (("kv4", 6, 2, 64), ("kv8", 4, 4, 80), ("kv16", 4, 1, 32))
+    for number, (name, heads, kv, dim) in enumerate(shapes):
+        dtype = torch.float16
+        lengths = (1, 63, 64, 65, 600) if number == 0 else (64, 129)
+        for kind, given, tokens in (
+            ("produced", lengths, (1,) * len(lengths)),
+            ("prompts", (70, 130), (70, 5)),
+            ("both", (66, 40, 200), (1, 40, 2)),
+        ):
+            store, rows = _filled(name, kv, dim, 24, dtype), _rows_of(given, tokens)
+            table = torch.full((len(given) + 2, 12), -1, dtype=torch.int32)
+            order = torch.randperm(23, generator=_generator(7)).to(torch.int32) + 1
+            slots = torch.arange(len(given)).flip(0) + 1
+            used = 0
+            for row, length in enumerate(given):
+                pages = -(-length // PAGE)
+                table[slots[row], :pages] = order[used : used + pages]
+                used += pages
+            _forget(store, table[slots], given)
+            q = torch.randn(sum(tokens), heads + 2, dim, generator=_generator(dim)).to(dtype)[:, :heads]
+            every = range(len(given))
+            count = (rows.seq_len + PAGE - 1) // PAGE
+            listed = PageList(ids=table, index=None, count=count, slots=slots)
+            for visible in (Visible(), Visible(local=70)) if number < 2 else (Visible(),):
+                reading = Reading(rows=every, pages=listed, visible=visible)
+                group = HeadGroup(heads=slice(0, heads), to=None, reads=(reading,), store=store)
+                yield _attended(f"{name} {kind} {visible}", q, (group,), rows)
+            if number == 0:
+                yield _attended(f"{name} {kind} streaming", q, _streaming(store, table[slots], rows, heads), rows)
+
+
+def _streaming(store: LayerPages, table: Tensor, rows: Rows, heads: int) -> tuple[HeadGroup, ...]:
+    """Sink and window pages by row, produced positions and prompts apart, heads in another order in the result."""
+    reads = []
+    for run in (range(rows.singles), range(rows.singles, rows.count)):
+        if not run:
+            continue
+        lists = []
+        for row in run:
+            begin = int(rows.seq_len[row]) - int(rows.cu_q[row + 1] - rows.cu_q[row])
+            first = max(begin - 69, 0) // PAGE
+            lists.append(sorted({0, *range(first, (int(rows.seq_len[row]) - 1) // PAGE + 1)}))
+        index = torch.zeros(len(lists), max(map(len, lists)) + 1, dtype=torch.int32)
+        for row, pages in enumerate(lists):
+            index[row, : len(pages)] = torch.tensor(pages)
+        ids = torch.gather(table[run.start : run.stop], 1, index.long())
+        by_head = [t[:, None].expand(-1, store.heads, -1).contiguous() for t in (ids, index)]
+        count = torch.tensor([len(pages) for pages in lists], dtype=torch.int32)
+        ids, index = by_head if run.start else (ids, index)  # a list per head, or one for all
+        pages = PageList(ids=ids, index=index, count=count, slots=None)
+        reads.append(Reading(rows=run, pages=pages, visible=Visible(sink=5, local=70)))
+    to = torch.arange(heads).flip(0)
+    return (HeadGroup(heads=slice(0, heads), to=to, reads=tuple(reads), store=store),)
+
+
+def _attended(name: str, q: Tensor, groups: tuple[HeadGroup, ...], rows: Rows) -> tuple[str, Args]:
+    out = torch.full(q.shape, float("nan"), dtype=q.dtype)
+    return name, (q, groups, rows, out, Workspace(out=out), 0.125)
+
+
 CASES: dict[str, Callable[[], Iterator[tuple[str, Args]]]] = {
     "int_matmul": int_matmul,
     "gemm_w16a16": gemm_w16a16,
@@ -190,4 +285,5 @@ CASES: dict[str, Callable[[], Iterator[tuple[str, Args]]]] = {
     "add_norm": add_norm,
     "swiglu": swiglu,
     "rope_write": rope_write,
+    "attend": attend,
 }

@@ -41,8 +41,12 @@ def rebuilt(value: Any, change: Callable[[Tensor], Tensor], dtype: Callable[[tor
 
 
 def copies(args: Args) -> Args:
-    """Return the arguments with tensors of their own."""
-    return tuple(rebuilt(arg, lambda t: t.clone(), lambda d: d) for arg in args)
+    """Return the arguments with tensors of their own, rows as far apart as they were."""
+
+    def copy(t: Tensor) -> Tensor:
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
+
+    return tuple(rebuilt(arg, copy, lambda d: d) for arg in args)
 
 
 def widened(args: Args) -> Args:
@@ -70,7 +74,7 @@ def tensors(value: Any, name: str = "result") -> dict[str, Tensor]:
 
 def run(function: Callable[..., Any], operation: Operation[..., Any], args: Args) -> dict[str, Tensor]:
     """Return what a call gives and what it leaves in its arguments."""
-    result = function(*args)
+    result = function(*args[:-1], scale=args[-1]) if operation.name == "attend" else function(*args)
     seen = tensors(result)
     if operation.name == "attend":
         seen["out"] = args[3]
