@@ -73,6 +73,7 @@ def _report(options: Options) -> dict[str, Any]:
         "torch_isa": None,
         "int8": None,
         "implementations": {},
+        "kernels": None,
         "problem": None,
     }
     try:
@@ -88,6 +89,7 @@ def _report(options: Options) -> dict[str, Any]:
     report["int8"] = machine.int8_self_test()
     reference = options.backend == "reference"
     report["implementations"] = {device: machine.implementations(device, reference=reference) for device in devices}
+    report["kernels"] = machine.kernels()
     return report
 
 
@@ -114,6 +116,8 @@ def _lines(report: dict[str, Any]) -> list[str]:
         width = max(len(one["name"]) for one in chosen.values())
         lines.append(f"operations  on {device}:")
         lines += [f"            {name:<{names}}  {one['name']:<{width}}  {one['why']}" for name, one in chosen.items()]
+    if report["kernels"]:
+        lines += _kernels(report["kernels"], here="cuda" in report["implementations"])
     if report["settings"]:
         lines.append("settings")
         for name, entry in report["settings"].items():
@@ -122,6 +126,17 @@ def _lines(report: dict[str, Any]) -> list[str]:
     if report["problem"]:
         lines.append(f"problem     {report['problem']}")
     return lines
+
+
+def _kernels(kernels: dict[str, Any], *, here: bool) -> list[str]:
+    """Return the lines about GPU kernels; where a GPU is, the table of its operations tells what serves."""
+    if kernels["problem"]:
+        return [f"kernels     {kernels['problem']}"]
+    if here:
+        return []
+    names = max(len(name) for name in kernels["operations"])
+    told = f"kernels     would serve on {kernels['needs']}; none is here:"
+    return [told, *(f"            {name:<{names}}  {kernel}" for name, kernel in kernels["operations"].items())]
 
 
 def _int8(tested: dict[str, Any] | None) -> list[str]:

@@ -103,12 +103,9 @@ def implementations(device: str, *, reference: bool = False) -> dict[str, dict[s
 
     reference  the settings ask for references instead of kernels
     """
-    from omniserve import formats, ops
     from omniserve.ops.dispatch import TABLE
 
-    for package in (ops, formats):  # a module registers its operations when it is imported
-        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-            importlib.import_module(module.name)
+    _register()
     found = {}
     for name, operation in sorted(TABLE.items()):
         here = [one for one in operation.implementations if one.device == device]
@@ -116,13 +113,46 @@ def implementations(device: str, *, reference: bool = False) -> dict[str, dict[s
         if reference:
             why = "backend=reference asks for it"
         elif chosen != "reference":
-            tests = [one.when.__name__ for one in here if one.name == chosen]
-            why = f"passed its self-test {tests[0]}" if tests != ["<lambda>"] else "needs no self-test"
+            (one,) = (one for one in here if one.name == chosen)
+            test = one.when.__name__
+            why = "needs no self-test" if test == "<lambda>" else f"passed its self-test {test}"
+            why = f"needs {one.needs}, which is here" if one.needs else why
         else:
-            failed = [f"{one.name} failed its self-test {one.when.__name__}" for one in here]
+            failed = [
+                f"{one.name} needs {one.needs}" if one.needs else f"{one.name} failed its self-test {one.when.__name__}"
+                for one in here
+            ]
             why = ", ".join(failed) or f"nothing faster is there for {device}"
         found[name] = {"name": chosen, "why": why}
     return found
+
+
+def kernels() -> dict[str, Any]:
+    """Return which kernel would serve each operation on a GPU, whether or not one is here. Imports torch and Triton.
+
+    needs: what they ask of the card; operations: operation -> kernel; problem: why they cannot be loaded, or None
+    """
+    from omniserve.base.errors import ConfigError
+    from omniserve.ops.dispatch import TABLE, load_kernels
+
+    _register()
+    try:
+        load_kernels("cuda")
+    except ConfigError as error:
+        return {"needs": "", "operations": {}, "problem": str(error)}
+    there = {name: [one for one in op.implementations if one.device == "cuda"] for name, op in sorted(TABLE.items())}
+    best = {name: max(ones, key=lambda one: one.rank) for name, ones in there.items() if ones}
+    needs = sorted({one.needs for one in best.values()})
+    return {"needs": " and ".join(needs), "operations": {name: one.name for name, one in best.items()}, "problem": None}
+
+
+def _register() -> None:
+    """Import every module that has operations."""
+    from omniserve import formats, ops
+
+    for package in (ops, formats):
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
 
 
 def int8_self_test() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """omniserve/cli/doctor.py: what runs here and why, and where each setting comes from."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,24 @@ def test_every_operation_has_a_reason(run: Run) -> None:
     text = run("doctor").out
     assert "int8        self-test of torch._int_mm " in text
     assert all(one["why"] in text for one in served.values())
+
+
+def test_kernels_are_listed_where_there_is_no_gpu(run: Run) -> None:
+    found = report(run)
+    assert found["gpus"] == []
+    assert found["kernels"]["problem"] is None
+    assert found["kernels"]["operations"]["attend"] == "attend_triton"
+    text = run("doctor").out
+    assert "would serve on an NVIDIA GPU of compute capability 8.0 or newer; none is here:" in text
+    assert all(kernel in text for kernel in found["kernels"]["operations"].values())
+
+
+def test_missing_triton_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU build of torch: the sentence stands in the report, and the report is whole."""
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in [name for name in sys.modules if name.startswith("omniserve.kernels")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert "kernels     the GPU kernels need Triton" in run("doctor").out
 
 
 def test_a_failed_self_test_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

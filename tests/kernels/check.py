@@ -50,6 +50,28 @@ def main(names: list[str], device: str) -> int:
     return failed
 
 
+def tiles(device: str) -> int:
+    """Every tile and every split of a product give the same bits, and a token the same ones alone as among others."""
+    from omniserve.kernels.linear import Tile, product
+
+    failed = 0
+    for case, args in CASES["gemm_w4a8_blocks"]():
+        if case not in ("w4a8-row 17x200x130", "w4a8-g128 17x200x130", "w4a8-g128 3x130x1152"):
+            continue
+        args = tuple(rebuilt(arg, lambda t: t.to(device), lambda d: d) for arg in args)
+        x, a, total, *weight = args
+        expected = product(*args)
+        cuts = ((16, 64, 1, 1), (32, 128, 1, 2), (16, 128, 1, 4))
+        same = [torch.equal(product(*args, Tile(m, n, step, 4, 3, split)), expected) for m, n, step, split in cuts]
+        alone = [
+            product(x[at], a[at], None if total is None else total[at], *weight) for at in (slice(0, 1), slice(2, 3))
+        ]
+        same += [torch.equal(alone[0][0], expected[0]), torch.equal(alone[1][0], expected[2])]
+        failed += not all(same)
+        print(f"{'ok' if all(same) else 'FAILED'} tiles: {case}", same, flush=True)
+    return failed
+
+
 def served(name: str) -> bool:
     return any(one.device == "cuda" for one in TABLE[name].implementations)
 
@@ -61,4 +83,4 @@ if __name__ == "__main__":
         at = chosen.index("--device")
         where = chosen[at + 1]
         del chosen[at : at + 2]
-    sys.exit(1 if main(chosen, where) else 0)
+    sys.exit(1 if main(chosen, where) + (0 if chosen else tiles(where)) else 0)

@@ -10,10 +10,10 @@ SERVED = ("add_norm", "attend", "gemm_w4a8_blocks", "gemm_w8a8", "quantize", "ro
 
 
 def test_kernels_equal_references() -> None:
-    """One process for all: its start takes longer than the cases."""
+    """One process for all: its start takes longer than the cases. Tiles of a product agree to the last bit."""
     run = python("-m", "tests.kernels.check", interpret=True)
     lines = run.stdout.splitlines()
     assert [line for line in lines if not line.startswith("ok ")] == [], run.stderr
     assert run.returncode == 0, run.stderr
     done = Counter(line.removeprefix("ok ").split(":")[0] for line in lines)
-    assert done == {f"{name}_triton": sum(1 for _ in CASES[name]()) for name in SERVED}
+    assert done == {f"{name}_triton": sum(1 for _ in CASES[name]()) for name in SERVED} | {"tiles": 3}
