@@ -316,7 +316,7 @@ TORCH: dict[DtypeName, torch.dtype] = {
 def find_device(options: Options) -> Device:
     """Return the device to run on. Raises ConfigError if the asked one is not there or not supported yet."""
     if options.device == "cuda":
-        raise ConfigError("device=cuda: this version has no GPU kernels yet; use --device cpu")
+        raise ConfigError("device=cuda: this version has no GPU kernels that have run on a GPU yet; use --device cpu")
     pages, size = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     return Device(kind="cpu", memory_bytes=pages * size)
 
