@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -245,6 +246,27 @@ def attend() -> Iterator[tuple[str, Args]]:
                 yield _attended(f"{name} {kind} {visible}", q, (group,), rows)
             if number == 0:
                 yield _attended(f"{name} {kind} streaming", q, _streaming(store, table[slots], rows, heads), rows)
+
+    given, tokens = (66, 200), (1, 3)
+    rows = _rows_of(given, tokens)
+    table = torch.tensor([[3, 1, 0, 0], [2, 6, 5, 4]], dtype=torch.int32)
+    count = (rows.seq_len + PAGE - 1) // PAGE
+    whole = Reading(
+        rows=range(2), pages=PageList(ids=table, index=None, count=count, slots=torch.tensor([0, 1])), visible=Visible()
+    )
+    first, second = _filled("kv8", 1, 32, 8, torch.float16), _filled("kv8", 2, 32, 8, torch.float16)
+    order = torch.tensor([4, 0, 5, 1, 3, 2])
+    groups = (
+        HeadGroup(heads=slice(0, 2), to=order[:2], reads=(whole,), store=first),
+        replace(_streaming(second, table, rows, 4)[0], heads=slice(2, 6), to=order[2:]),
+    )
+    yield _attended("two groups of uneven size", torch.randn(4, 6, 32, generator=_generator(3)).half(), groups, rows)
+    plain = replace(whole, visible=Visible(local=100))
+    groups = (
+        HeadGroup(heads=slice(0, 2), to=None, reads=(whole,), store=first),
+        HeadGroup(heads=slice(2, 6), to=None, reads=(plain,), store=second),
+    )
+    yield _attended("two groups in order", torch.randn(4, 6, 32, generator=_generator(4)).half(), groups, rows)
 
 
 def _streaming(store: LayerPages, table: Tensor, rows: Rows, heads: int) -> tuple[HeadGroup, ...]:
