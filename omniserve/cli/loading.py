@@ -73,10 +73,13 @@ def plan_line(llm: "LLM") -> str:
     config, plan = llm.config, llm.plan
     seconds = sum(plan.seconds.values())
     rounded = f" ({plan.rounding})" if plan.rounding else ""
+    sparse = (
+        "" if config.sparsity.off else " (" + ", ".join(f"{n:,} {kind} pages" for kind, n in plan.pages.items()) + ")"
+    )
     return (
         f"{plan.model}: {config.precision.label} on {config.device.kind} ({config.dtype}), weights"
         f" {human_bytes(plan.weight_bytes)}{rounded}, KV {human_bytes(plan.kv_bytes)} = {plan.kv_tokens:,} tokens at"
-        f" {plan.kv_token_bytes:,} B, context {config.limits.max_model_len:,}; {kernels(llm)}; {seconds:.1f} s"
+        f" {plan.kv_token_bytes:,} B{sparse}, context {config.limits.max_model_len:,}; {kernels(llm)}; {seconds:.1f} s"
     )
 
 

@@ -587,7 +587,10 @@ def described(built: "Built") -> Ready:
         path=str(built.source.path),
         config=built.config,
         vocab=spec.vocab,
-        capacity=built.plan.kv_tokens,
+        # Streaming heads alone hold a window, whatever the length: then the model's limit is what counts.
+        capacity=min(
+            built.engine.scheduler.cache.capacity, max(built.plan.kv_tokens, built.config.limits.max_model_len)
+        ),
         pages={kind.value: pool.total for kind, pool in pools.items()},
         weight_bytes=built.plan.weight_bytes,
         kv_bytes=built.plan.kv_bytes,
