@@ -9,13 +9,16 @@ write shows.
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from omniserve.formats.table import weight_format
+from omniserve.ops.batch import Reading, Rows, Workspace
 from omniserve.ops.dispatch import TABLE, load_kernels
+from omniserve.ops.pages import HeadGroup
 from tests.parity.cases import CASES
 from tests.parity.compare import problems, rebuilt
 
@@ -72,6 +75,35 @@ def tiles(device: str) -> int:
     return failed
 
 
+def alone(device: str) -> int:
+    """A produced position attends to the same bits alone as among others, whatever their lengths."""
+    failed = 0
+    for case, args in CASES["attend"]():
+        if "produced Visible" not in case:
+            continue
+        q, (group,), rows, *_ = (rebuilt(arg, lambda t: t.to(device), lambda d: d) for arg in args)
+        (reading,) = group.reads
+        kernel = next(one for one in TABLE["attend"].implementations if one.device == "cuda").function
+
+        def attended(at: slice, reads: Reading, of: Rows, q: Tensor = q, group: HeadGroup = group) -> Tensor:
+            out = torch.full_like(q[at], float("nan"))
+            kernel(q[at], (replace(group, reads=(reads,)),), of, out, Workspace(out=out), scale=0.125)  # noqa: B023
+            return out
+
+        together = attended(slice(None), reading, rows)
+        same = []
+        for row in range(rows.count):
+            at = slice(row, row + 1)
+            pages = replace(reading.pages, count=reading.pages.count[at], slots=reading.pages.slots[at])
+            length = rows.seq_len[at]
+            one = Rows(cu_q=rows.cu_q[:2], seq_len=length, singles=1, longest=int(length))
+            lone = attended(at, replace(reading, rows=range(1), pages=pages), one)
+            same.append(torch.equal(lone[0], together[row]))
+        failed += not all(same)
+        print(f"{'ok' if all(same) else 'FAILED'} alone: {case}", same, flush=True)
+    return failed
+
+
 def served(name: str) -> bool:
     return any(one.device == "cuda" for one in TABLE[name].implementations)
 
@@ -83,4 +115,4 @@ if __name__ == "__main__":
         at = chosen.index("--device")
         where = chosen[at + 1]
         del chosen[at : at + 2]
-    sys.exit(1 if main(chosen, where) + (0 if chosen else tiles(where)) else 0)
+    sys.exit(1 if main(chosen, where) + (0 if chosen else tiles(where) + alone(where)) else 0)
