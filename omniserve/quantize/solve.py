@@ -100,8 +100,9 @@ def solve(w: Tensor, h: Tensor, form: WeightFormat, options: Solve) -> Solved:
         raise CheckpointError("the calibration activations hold NaN or infinity")
     form.fields(*w.shape)
     h = normalized(h)
-    flat, damped = h.float(), (h + torch.eye(len(h), dtype=h.dtype, device=h.device) * options.damp).float()
     factor = inverse_factor(h, options.damp) if options.gptq else None
+    flat, damped = h.float(), ridged(h, options.damp).float() if options.refine or options.descend else None
+    del h  # K² numbers in fp64 are what a run holds most of
     stored: list[dict[str, Tensor]] = []
     errors: list[dict[str, Tensor]] = []
     for part in torch.split(w.float(), max(1, PART // w.shape[1])):
@@ -129,8 +130,7 @@ def reaim(w: Tensor, h: Tensor, c: Tensor, delta: float) -> Tensor:
     mean = float(h.diagonal().mean())
     if mean <= 0:
         return w
-    damped = h + torch.eye(len(h), dtype=h.dtype, device=h.device) * (delta * mean)
-    shift = torch.cholesky_solve((w.double() @ c).T, torch.linalg.cholesky(damped)).T
+    shift = torch.cholesky_solve((w.double() @ c).T, torch.linalg.cholesky(ridged(h, delta * mean))).T
     return (w.double() + shift).to(w.dtype)
 
 
@@ -223,7 +223,7 @@ def _groups(u: Tensor, width: int) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _solve_rows(
-    w: Tensor, h: Tensor, damped: Tensor, factor: "Factor | None", form: WeightFormat, options: Solve
+    w: Tensor, h: Tensor, damped: Tensor | None, factor: "Factor | None", form: WeightFormat, options: Solve
 ) -> tuple[Grid, Tensor, dict[str, Tensor]]:
     def error(grid: Grid, codes: Tensor) -> Tensor:
         return _energy(grid.values(codes) - w, h)[:, 0].double()
@@ -239,6 +239,7 @@ def _solve_rows(
         codes = gptq(w, grid, factor)
         errors["gptq"] = error(grid, codes)
     for _ in range(max(options.descend, 1 if options.refine else 0)):
+        assert damped is not None
         if options.descend:
             codes = descend(w, damped, grid, codes)
         if options.refine:
@@ -259,13 +260,15 @@ class Factor:
 def inverse_factor(h: Tensor, damp: float) -> Factor:
     """Return U with Uᵀ U = (H + damp · mean diagonal · I)⁻¹, in the order of GPTQ; fp64 inside."""
     order = h.diagonal().argsort(descending=True, stable=True)
-    sorted_h = h[order][:, order]
-    mean = sorted_h.diagonal().mean()
+    mean = h.diagonal()[order].mean()
     for extra in range(100):
-        damped = sorted_h + torch.eye(len(h), dtype=h.dtype, device=h.device) * ((damp + 0.001 * extra) * mean)
+        damped = ridged(h[order[:, None], order], (damp + 0.001 * extra) * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not int(failed):
-            return Factor(order, torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float())
+            inverse = torch.cholesky_inverse(lower)
+            del lower
+            return Factor(order, torch.linalg.cholesky(inverse, upper=True).float())
     raise CheckpointError("the calibration activations give no positive definite Hessian: use more or other text")
 
 
@@ -405,6 +408,13 @@ def _refine_groups(w: Tensor, h: Tensor, grid: Grid, codes: Tensor) -> Grid:
 def _energy(delta: Tensor, h: Tensor) -> Tensor:
     """Return Δ H Δᵀ of each row [N, 1]."""
     return (delta @ h).mul_(delta).sum(1, keepdim=True)
+
+
+def ridged(h: Tensor, ridge: float | Tensor) -> Tensor:
+    """Return H + ridge · I."""
+    made = h.clone()
+    made.diagonal().add_(ridge)
+    return made
 
 
 def normalized(h: Tensor) -> Tensor:

@@ -430,6 +430,7 @@ class _Solver:
             else:
                 if moments.c is not None:
                     weight = solve.reaim(weight, moments.h, moments.c, self._delta)
+                    moments.c = None
                 solved = solve.solve(weight, moments.h, form, self._options)
         except CheckpointError as error:
             raise CheckpointError(f"{linears[0].name}: {error}") from None
