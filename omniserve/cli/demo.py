@@ -147,12 +147,12 @@ def _facts(llm: "LLM") -> None:
     from omniserve.formats.kv import kv_format
 
     config, plan, spec = llm.config, llm.plan, llm.spec
-    in_16, in_4 = (kv_format(name).token_bytes(spec.kv_heads, spec.head_dim, spec.layers) for name in ("kv16", "kv4"))
+    in_16 = kv_format("kv16").token_bytes(spec.kv_heads, spec.head_dim, spec.layers)
     result(f"  {config.device.kind}: {machine.cpu()}, {machine.cores()} cores; {kernels(llm)}")
     result(f"  precision {config.precision.label}, context {config.limits.max_model_len:,} tokens")
     result(
         f"  KV cache {human_bytes(plan.kv_bytes)} = {plan.kv_tokens:,} tokens (16 bit:"
-        f" {human_bytes(plan.kv_tokens * in_16)}); {plan.kv_token_bytes:,} B per token, {in_4:,} B with w4a8kv4"
+        f" {human_bytes(plan.kv_tokens * in_16)}); {plan.kv_token_bytes:,} B per token, {in_16:,} B in 16 bit"
     )
 
 
@@ -203,7 +203,7 @@ def _next_steps(path: Path) -> None:
     for line in (
         f"chat {where} --stats",
         f"serve {where}",
-        f"generate {where} --prompt 'Once upon a time' --precision w8a8kv8 --json",
+        f"generate {where} --prompt 'Once upon a time' --json",
         f"bench throughput {where} --batch 1,8",
         "doctor",
     ):
