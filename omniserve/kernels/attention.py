@@ -95,7 +95,7 @@ def attend_kernel(
     parts,  # fp32 [rows, G H, pieces, D], written if SPLIT: sums of weighted values
     norms,  # fp32 [rows, G H, pieces, 2], written if SPLIT: largest score (log2), sum of weights
     codes,  # [pages, H, ...] as codes (uint8) or plain numbers
-    params,  # the same memory as fp16
+    scales,  # the same memory as fp16: scales and zeros behind the codes
     ids,  # int32 physical pages
     index,  # int32 logical pages, read if LISTED
     count,  # int32 [rows], read if LISTED
@@ -210,7 +210,7 @@ def attend_kernel(
         s = tl.dot(q0, k0.T)
         s = tl.dot(q1, k1.T, s)
         if BITS < 16:
-            behind = params + page * (_PAGE * BYTES + PARAMS) + _PAGE * BYTES + within
+            behind = scales + page * (_PAGE * BYTES + PARAMS) + _PAGE * BYTES + within
             ks = tl.load(behind).to(tl.float32)
             kz = tl.load(behind + 64).to(tl.float32)
             s = (s - total[:, None] * kz[None, :]) * (ks * scale)[None, :]

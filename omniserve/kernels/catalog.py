@@ -147,7 +147,7 @@ def _attention(arch: int) -> Iterator[Spec]:
                     kernel=attention.attend_kernel,
                     types={
                         "q": model, "out": model, "parts": "*fp32", "norms": "*fp32", "codes": element,
-                        "params": "*fp16", "ids": "*i32", "index": "*i32", "count": "*i32", "slots": "*i64",
+                        "scales": "*fp16", "ids": "*i32", "index": "*i32", "count": "*i32", "slots": "*i64",
                         "to": "*i64", "cu_q": "*i32", "seq_len": "*i32", "rows": "i32", "kv_heads": "i32",
                         "q_stride": "i32", "out_stride": "i32", "out_head": "i32", "ids_row": "i32",
                         "ids_head": "i32", "pieces": "i32", "scale": "fp32", "sink": "i32", "local": "i32",
