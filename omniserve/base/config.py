@@ -25,8 +25,8 @@ PRECISIONS = (
 """QServe's words, as `--precision` takes them; `w4a8` and `w8a8` alone mean kv8."""
 
 SHAPES = (
-    "tiny", "llama-3-8b", "llama-2-7b", "llama-2-13b", "llama-30b", "llama-2-70b", "mistral-7b", "yi-34b",
-    "qwen1.5-72b",
+    "tiny", "llama-3-8b", "llama-3-8b-1048k", "llama-2-7b", "llama-2-13b", "llama-30b", "llama-2-70b", "mistral-7b",
+    "yi-34b", "qwen1.5-72b",
 )  # fmt: skip
 """Models that `--shape` names, for benchmarks with dummy weights."""
 

@@ -107,7 +107,7 @@ def build(
     """
     started = time.perf_counter()
     device = find_device(options)
-    source = open_source(model, options, on_load)
+    source = open_source(model, options, on_load, device=device.kind)
     spec = family(source.config).spec(source.config)
     source = translated(source, spec)
     check_tensors(source, spec)
@@ -167,12 +167,17 @@ def build(
     )
 
 
-def open_source(model: str | Path | None, options: Options, on_load: LoadProgress | None = None) -> Source:
-    """Return the checkpoint that `model` names, here or on huggingface.co, or dummy weights. Raises OmniserveError."""
+def open_source(
+    model: str | Path | None, options: Options, on_load: LoadProgress | None = None, *, device: str = "cpu"
+) -> Source:
+    """Return the checkpoint that `model` names, here or on huggingface.co, or dummy weights. Raises OmniserveError.
+
+    device  where dummy weights are made; those of a file come from it
+    """
     check_model(model, options)
     if options.shape is not None:
         config = CONFIGS[options.shape]
-        return DummySource(options.shape, config, expected(family(config).spec(config)))
+        return DummySource(options.shape, config, expected(family(config).spec(config)), device)
     assert model is not None, "check_model"
     name = hub_name(model)
     if name is None or Path(model).exists():

@@ -20,6 +20,7 @@ _COLUMNS = (
 _ROWS: dict[str, tuple[object, ...]] = {
     "tiny": ("llama", 512, 64, 160, 2, 4, 2, 2048, 10000.0, 1e-5),
     "llama-3-8b": ("llama", 128256, 4096, 14336, 32, 32, 8, 8192, 500000.0, 1e-5),
+    "llama-3-8b-1048k": ("llama", 128256, 4096, 14336, 32, 32, 8, 1048576, 3580165449.0, 1e-5),
     "llama-2-7b": ("llama", 32000, 4096, 11008, 32, 32, 32, 4096, 10000.0, 1e-5),
     "llama-2-13b": ("llama", 32000, 5120, 13824, 40, 40, 40, 4096, 10000.0, 1e-5),
     "llama-30b": ("llama", 32000, 6656, 17920, 60, 52, 52, 2048, 10000.0, 1e-6),
@@ -45,21 +46,29 @@ class DummySource:
 
     Linears have a standard deviation of 1/sqrt(K), norms are 1: activations stay of order 1.
 
-    label  what every output calls the model
+    label   what every output calls the model
+    device  where its tensors are made: on a GPU those of 8 billion parameters take less than a second
     """
 
-    def __init__(self, name: str, config: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: Mapping[str, object],
+        shapes: Mapping[str, tuple[int, ...]],
+        device: "torch.device | str" = "cpu",
+    ) -> None:
         self.label = f"{name} (dummy weights)"
         self.path = Path(self.label)
         self._config = config
         self._shapes = dict(shapes)
+        self._device = device
 
     @cached_property
     def _pools(self) -> "dict[int, Tensor]":
-        """Random numbers by the columns of the tensors that are filled with them."""
+        """Random numbers by the columns of the tensors that are filled with them; drawn alike for every device."""
         import torch
 
-        pool = torch.randn(_POOL, generator=torch.Generator().manual_seed(0))
+        pool = torch.randn(_POOL, generator=torch.Generator().manual_seed(0)).to(self._device)
         columns = {shape[-1] for shape in self._shapes.values()}
         return {count: (pool * count**-0.5).half() for count in columns}
 
@@ -91,7 +100,7 @@ class DummySource:
 
         shape = self.shape(name)
         if name.endswith("norm.weight"):
-            return torch.ones(shape, dtype=torch.float16)
+            return torch.ones(shape, dtype=torch.float16, device=self._device)
         start, count = zlib.crc32(name.encode()) % _POOL, math.prod(shape)
         endless = self._pools[shape[-1]].repeat((start + count - 1) // _POOL + 1)
         return endless[start : start + count].view(shape)

@@ -56,6 +56,9 @@ STEEPEST = 17
 CHUNK = 2**18
 """Weights that the clip search handles at once: they and two temporaries stay in a core's cache."""
 
+CHUNK_ON_GPU = 2**25
+"""The same on a GPU: enough to keep all of it busy; they and their temporaries take half a GB."""
+
 
 def pack_columns(codes: Tensor) -> Tensor:
     """Return codes 0..15 [N, K], K even, as bytes uint8 [N, K / 2]: even k in the low nibble, odd k in the high one."""
@@ -305,7 +308,7 @@ class W4A8:
         if w.dim() != 2:
             raise CheckpointError(f"a weight has shape {list(w.shape)}; expected [N, K]")
         self.fields(*w.shape)
-        rows = max(1, CHUNK // max(1, w.shape[1]))
+        rows = max(1, (CHUNK if w.device.type == "cpu" else CHUNK_ON_GPU) // max(1, w.shape[1]))
         make = _row_form if self.group is None else _group_form
         with _one_thread():
             return concat([make(part.float()) for part in torch.split(w, rows)])

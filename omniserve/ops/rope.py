@@ -32,8 +32,8 @@ def make_rope(spec: RopeSpec, *, head_dim: int, context: int, device: torch.devi
     already stored.
     """
     frequencies, magnitude = rope_frequencies(spec, head_dim=head_dim, context=context)
-    angles = torch.outer(torch.arange(context, dtype=torch.float64), frequencies)
-    return Rope((torch.stack([angles.cos(), angles.sin()], 1) * magnitude).float().to(device))
+    angles = torch.outer(torch.arange(context, dtype=torch.float64, device=device), frequencies.to(device))
+    return Rope((torch.stack([angles.cos(), angles.sin()], 1) * magnitude).float())
 
 
 def rope_frequencies(spec: RopeSpec, *, head_dim: int, context: int) -> tuple[Tensor, float]:

@@ -14,6 +14,7 @@ from omniserve.models.families import check_tensors, expected, family
 
 PARAMETERS = {
     "llama-3-8b": 8_030_261_248,
+    "llama-3-8b-1048k": 8_030_261_248,
     "llama-2-7b": 6_738_415_616,
     "llama-2-13b": 13_015_864_320,
     "llama-30b": 32_528_943_616,
@@ -56,6 +57,11 @@ def test_the_same_tensor_every_time() -> None:
     assert len(set(seen)) == len(seen)
     with pytest.raises(CheckpointError, match=r"tiny \(dummy weights\): tensor 'x' is missing"):
         one.shape("x")
+
+
+def test_tensors_are_made_on_the_device() -> None:
+    there = DummySource("tiny", CONFIGS["tiny"], {"a.weight": (8, 4), "a_norm.weight": (4,)}, "meta")
+    assert {there.tensor(name).device.type for name in there.names()} == {"meta"}
 
 
 def test_a_tensor_longer_than_the_pool() -> None:
