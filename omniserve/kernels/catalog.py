@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from omniserve.kernels import attention, linear, rows, write
 from omniserve.kernels.ahead import Spec
+from omniserve.kernels.tiles import choose
 
 ARCHITECTURES = (80, 86, 89, 90)
 """Compute capabilities times ten."""
@@ -18,7 +19,7 @@ SMS = {80: 108, 86: 84, 89: 128, 90: 132}
 
 GEMM_LOOPS = {
     "g128": {16: (280, 250), 64: (260, 310), 128: (270, 270), 2048: (185, 800)},
-    "row": {16: (185, 150), 64: (160, 210), 128: (165, 190), 2048: (135, 460)},
+    "row": {16: (185, 150), 64: (160, 210), 128: (165, 190), 2048: (155, 460)},
     "w8a8": {16: (140, 105), 64: (120, 165), 128: (90, 170), 2048: (90, 170)},
 }
 """SASS instructions of one turn of each product's loop, by tokens: on compute capability 9.0, and on the others."""
@@ -44,7 +45,7 @@ def _linear(arch: int) -> Iterator[Spec]:
     kinds = (("g128", 4, True, False), ("row", 4, False, True), ("w8a8", 8, False, False))
     for name, bits, grouped, zero in kinds:
         for tokens, n, k in ((16, 4096, 14336), (64, 4096, 14336), (128, 4096, 4096), (2048, 28672, 4096)):
-            tile = linear.choose(tokens, n, k, bits, arch=arch, sms=SMS[arch])
+            tile = choose(tokens, n, k, name, arch=arch, sms=SMS[arch])
             split = tile.split > 1
             yield Spec(
                 name=f"gemm {name} {tokens}x{n}x{k}",

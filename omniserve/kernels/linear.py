@@ -6,7 +6,6 @@ gives the same bits, because all of them end in the one expression of `_epilogue
 multiply-adds.
 """
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,48 +18,10 @@ from omniserve.formats.blocks import BLOCK_BYTES, SIDE
 from omniserve.formats.w4a8 import gemm_w4a8_blocks
 from omniserve.formats.w8a8 import gemm_w8a8
 from omniserve.kernels.device import INTERPRETED, OUTPUTS, architecture, kernel_of, need, processors
+from omniserve.kernels.tiles import Tile, choose
 
 LONGEST = 2**31 // (128 * 128)
 """Columns whose sums of int8 products stay inside int32."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """How one product is cut: BM tokens by BN weights, `step` blocks of 128 columns per turn of the loop."""
-
-    tokens: int
-    weights: int
-    step: int
-    warps: int
-    stages: int
-    split: int = 1
-
-
-def choose(tokens: int, rows: int, columns: int, bits: int, *, arch: int, sms: int) -> Tile:
-    """Return the tile for a product of T tokens with a weight [N, K] on a card.
-
-    Starting points of measurements on an H200 with an earlier kernel; none is tuned for this one. Cards with 99 KiB of
-    shared memory take fewer stages. A result's bits do not depend on the choice.
-    """
-    small = arch in (86, 89)
-    if tokens <= 16:
-        tile = Tile(16, 64, 2, 4, 3 if small and bits == 8 else 4)
-    elif tokens <= 64:
-        tile = Tile(64, 128, 1, 4, 3 if small else 4)
-    elif tokens <= 128:
-        tile = Tile(128, 128, 1, 4 if arch == 90 else 8, 3)  # mma.sync with 4 warps spills: 272 bytes in groups
-    elif tokens <= 512 or rows <= 4096 or small:
-        tile = Tile(128, 128, 1, 8, 3)
-    else:
-        tile = Tile(256, 128, 1, 8, 3)
-    if bits == 8 and tile.tokens >= 128:  # both operands lie in shared memory
-        tile = Tile(128, 128, 1, 8, 3)
-    blocks = ceil_div(columns, SIDE)
-    tiles = ceil_div(tokens, tile.tokens) * ceil_div(rows, tile.weights)
-    wanted = min(blocks // 2, ceil_div(2 * sms, tiles), 8) if tokens <= 64 else 1
-    split = 1 << max(0, wanted - 1).bit_length()
-    tile = replace(tile, split=split)
-    return tile if ceil_div(blocks, split) % tile.step == 0 and blocks % tile.step == 0 else replace(tile, step=1)
 
 
 @triton.jit
@@ -310,8 +271,9 @@ def product(
     x = x if x.stride(1) == 1 else x.contiguous()
     parameters = [None if p is None else p.reshape(-1).contiguous() for p in (a, total, scale, zero, bias)]
     av, tv, sv, zv, bv = (parameters[0] if p is None else p for p in parameters)  # one that is not read stands in
-    tile = tile or choose(m, n, k, bits, arch=architecture(), sms=processors())
     grouped = bits == 4 and w.shape[2] == BLOCK_BYTES
+    kind = "w8a8" if bits == 8 else "g128" if grouped else "row"
+    tile = tile or choose(m, n, k, kind, arch=architecture(), sms=processors())
     flags = constants(
         tile, bits=bits, grouped=grouped, zero=zero is not None, bias=bias is not None, even=k % SIDE == 0
     )

@@ -55,7 +55,8 @@ def main(names: list[str], device: str) -> int:
 
 def tiles(device: str) -> int:
     """Every tile and every split of a product give the same bits, and a token the same ones alone as among others."""
-    from omniserve.kernels.linear import Tile, product
+    from omniserve.kernels.linear import product
+    from omniserve.kernels.tiles import Tile
 
     failed = 0
     for case, args in CASES["gemm_w4a8_blocks"]():
