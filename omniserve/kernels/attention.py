@@ -1,9 +1,8 @@
-"""`attend` over page lists: rows of produced positions, cut into pieces of pages and combined; and chunks of prompts.
+"""`attend` over page lists: rows of produced positions, cut into pieces of pages and combined; prompts: `prefill.py`.
 
 One kernel for dense, streaming and selected lists and for kv4, kv8 and kv16. The query heads of one key head are the
-rows of its products. A row of a produced position is cut at fixed multiples of pages, whatever the batch, and its parts
-are combined in the order of the pages; a prompt position always runs in a tile of queries. So a token's bits depend on
-its own row alone.
+rows of its products. A row is cut at fixed multiples of pages, whatever the batch, and its parts are combined in the
+order of the pages. So a token's bits depend on its own row alone.
 
 Codes go into the products as they are stored. Keys: scores are (q . code - zero * sum(q)) * scale. Values: the weights
 take the scale, relative to the largest of the page and times 2^15, so that small ones stay above fp16's smallest.
@@ -19,7 +18,9 @@ from torch import Tensor
 from omniserve.base.numbers import ceil_div
 from omniserve.base.types import PAGE
 from omniserve.formats.kv import LayerPages
+from omniserve.kernels.codes import halves
 from omniserve.kernels.device import INTERPRETED, kernel_of, need
+from omniserve.kernels.prefill import attend_prompts
 from omniserve.kernels.write import checked
 from omniserve.ops.batch import Reading, Rows, Workspace
 from omniserve.ops.pages import HeadGroup, attend
@@ -29,63 +30,6 @@ PIECE = 8
 
 _PAGE = tl.constexpr(PAGE)
 _STEP = tl.constexpr(2.0**15)
-
-
-@triton.jit
-def _low(packed, like, ASM: tl.constexpr):
-    """Return the low nibbles of bytes as floats: bytes become the mantissas of 1024 + n (fp16) or 128 + n (bf16)."""
-    if ASM:
-        if like == tl.float16:
-            return tl.inline_asm_elementwise(
-                """{ .reg .b32 a, b, m; and.b32 a, $2, 0x0f0f0f0f; mov.b32 m, 0x64006400;
-                prmt.b32 b, a, m, 0x5150; prmt.b32 a, a, m, 0x5352; sub.f16x2 $0, b, m; sub.f16x2 $1, a, m; }""",
-                "=r,=r,r", [packed], dtype=tl.float16, is_pure=True, pack=4,
-            )  # fmt: skip
-        else:
-            return tl.inline_asm_elementwise(
-                """{ .reg .b32 a, b, m, o, n; and.b32 a, $2, 0x0f0f0f0f; mov.b32 m, 0x43004300;
-                mov.b32 o, 0x3f803f80; mov.b32 n, 0xc300c300; prmt.b32 b, a, m, 0x5150; prmt.b32 a, a, m, 0x5352;
-                fma.rn.bf16x2 $0, b, o, n; fma.rn.bf16x2 $1, a, o, n; }""",
-                "=r,=r,r", [packed], dtype=tl.bfloat16, is_pure=True, pack=4,
-            )  # fmt: skip
-    else:
-        return (packed & 0xF).to(like)
-
-
-@triton.jit
-def _high(packed, like, ASM: tl.constexpr):
-    """Return the high nibbles of bytes as floats."""
-    if ASM:
-        if like == tl.float16:
-            return tl.inline_asm_elementwise(
-                """{ .reg .b32 a, b, m; shr.u32 a, $2, 4; and.b32 a, a, 0x0f0f0f0f; mov.b32 m, 0x64006400;
-                prmt.b32 b, a, m, 0x5150; prmt.b32 a, a, m, 0x5352; sub.f16x2 $0, b, m; sub.f16x2 $1, a, m; }""",
-                "=r,=r,r", [packed], dtype=tl.float16, is_pure=True, pack=4,
-            )  # fmt: skip
-        else:
-            return tl.inline_asm_elementwise(
-                """{ .reg .b32 a, b, m, o, n; shr.u32 a, $2, 4; and.b32 a, a, 0x0f0f0f0f; mov.b32 m, 0x43004300;
-                mov.b32 o, 0x3f803f80; mov.b32 n, 0xc300c300; prmt.b32 b, a, m, 0x5150; prmt.b32 a, a, m, 0x5352;
-                fma.rn.bf16x2 $0, b, o, n; fma.rn.bf16x2 $1, a, o, n; }""",
-                "=r,=r,r", [packed], dtype=tl.bfloat16, is_pure=True, pack=4,
-            )  # fmt: skip
-    else:
-        return ((packed >> 4) & 0xF).to(like)
-
-
-@triton.jit
-def _halves(codes, token, at, keep, D: tl.constexpr, BITS: tl.constexpr, WHOLE: tl.constexpr, like, ASM: tl.constexpr):
-    """Return both halves [tokens, D / 2 padded] of keys or values as numbers: codes as they are, or the values."""
-    HALF: tl.constexpr = D // 2
-    if BITS == 4:
-        place = codes + token[:, None] * HALF + at[None, :]
-        packed = tl.load(place) if WHOLE else tl.load(place, mask=keep, other=0)
-        return _low(packed, like, ASM), _high(packed, like, ASM)
-    else:
-        place = codes + token[:, None] * D + at[None, :]
-        low = tl.load(place) if WHOLE else tl.load(place, mask=keep, other=0)
-        high = tl.load(place + HALF) if WHOLE else tl.load(place + HALF, mask=keep, other=0)
-        return low.to(like), high.to(like)
 
 
 @triton.jit
@@ -103,7 +47,6 @@ def attend_kernel(
     to,  # int64 [G H], read if TO
     cu_q,  # int32, from the first of these rows
     seq_len,  # int32 [rows]
-    rows,
     kv_heads,
     q_stride,
     out_stride,
@@ -114,15 +57,13 @@ def attend_kernel(
     scale,  # of scores, times log2(e)
     sink,
     local,
-    SINGLE: tl.constexpr,
     SPLIT: tl.constexpr,
     LISTED: tl.constexpr,
     SLOTS: tl.constexpr,
     TO: tl.constexpr,
     WINDOW: tl.constexpr,
     G: tl.constexpr,
-    GP: tl.constexpr,  # G, rounded up to a power of two
-    M: tl.constexpr,  # rows of the products: queries times GP
+    M: tl.constexpr,  # rows of the products: G, rounded up
     D: tl.constexpr,
     HP: tl.constexpr,  # D / 2, rounded up to a power of two
     BITS: tl.constexpr,
@@ -130,57 +71,35 @@ def attend_kernel(
     TOKENS: tl.constexpr,  # keys of one turn of the loop
     ASM: tl.constexpr,
 ):
-    """One key head: a piece of one produced position's row (SINGLE), or a tile of a prompt's queries."""
+    """One key head: a piece of one row."""
     HALF: tl.constexpr = D // 2
-    QUERIES: tl.constexpr = M // GP
     WHOLE: tl.constexpr = HALF == HP
-    pid = tl.program_id(0)
+    row = tl.program_id(0)
     head = tl.program_id(1)
     piece = tl.program_id(2)
-    row = pid
-    begin = 0
-    if not SINGLE:
-        row = -1
-        tiles = 0
-        for r in range(rows):
-            more = tl.cdiv(tl.load(cu_q + r + 1) - tl.load(cu_q + r), QUERIES)
-            if (pid >= tiles) & (pid < tiles + more):
-                row = r
-                begin = (pid - tiles) * QUERIES
-            tiles += more
-        if row < 0:
-            return
     length = tl.load(seq_len + row)
     token0 = tl.load(cu_q + row)
-    tokens = tl.load(cu_q + row + 1) - token0
-    m = tl.arange(0, M)
-    query, group = begin + m // GP, m % GP
-    if SINGLE:
-        query, group = m * 0, m
-    valid = (query < tokens) & (group < G)
-    position = length - tokens + query
+    group = tl.arange(0, M)
+    valid = group < G
+    position = length - 1
     at = tl.arange(0, HP)
     keep = (at < HALF)[None, :]
 
     some = valid[:, None] & keep
-    source = q + (token0 + query).to(tl.int64)[:, None] * q_stride + (head * G + group)[:, None] * D + at[None, :]
+    source = q + token0.to(tl.int64) * q_stride + (head * G + group)[:, None] * D + at[None, :]
     q0 = tl.load(source, mask=some, other=0.0)
     q1 = tl.load(source + HALF, mask=some, other=0.0)
     like = q0.dtype
     total = tl.sum(q0.to(tl.float32), 1) + tl.sum(q1.to(tl.float32), 1)
 
-    first = 0
-    oldest = length - tokens + begin  # position of the first query
-    newest = tl.minimum(oldest + QUERIES, length) - 1
+    first = piece * PIECE
     if LISTED:
         last = tl.load(count + row)
     else:
-        last = newest // _PAGE + 1
+        last = position // _PAGE + 1
         if WINDOW:
-            first = tl.where(sink == 0, tl.maximum(oldest - local + 1, 0) // _PAGE, 0)
-    if SINGLE:
-        first = tl.maximum(first, piece * PIECE)
-        last = tl.minimum(last, (piece + 1) * PIECE)
+            first = tl.where(sink == 0, tl.maximum(tl.maximum(position - local + 1, 0) // _PAGE, first), first)
+    last = tl.minimum(last, (piece + 1) * PIECE)
     x = row.to(tl.int64)
     if SLOTS:
         x = tl.load(slots + row)
@@ -202,11 +121,11 @@ def attend_kernel(
             logical = tl.load(index + listed + place)
         key = logical * _PAGE + within
         here = codes + page * (2 * _PAGE * BYTES + 2 * PARAMS)
-        seen = (key[None, :] <= position[:, None]) & valid[:, None]
+        seen = (key <= position)[None, :] & valid[:, None]
         if WINDOW:
-            seen = seen & ((key < sink)[None, :] | (key[None, :] > position[:, None] - local))
+            seen = seen & ((key < sink)[None, :] | (key > position - local)[None, :])
         shown = tl.max(seen.to(tl.int32), 0) > 0
-        k0, k1 = _halves(here, within, at, keep, D, BITS, WHOLE, like, ASM)
+        k0, k1 = halves(here, within, at, keep, D, BITS, WHOLE, like, ASM)
         s = tl.dot(q0, k0.T)
         s = tl.dot(q1, k1.T, s)
         if BITS < 16:
@@ -223,7 +142,7 @@ def attend_kernel(
         shrink = tl.exp2(best - base)
         weight = weight * shrink + tl.sum(p, 1)
         if BITS < 16:
-            v0, v1 = _halves(here + _PAGE * BYTES, within, at, keep, D, BITS, WHOLE, tl.float16, ASM)
+            v0, v1 = halves(here + _PAGE * BYTES, within, at, keep, D, BITS, WHOLE, tl.float16, ASM)
             # What nobody has written, or nobody sees, may be NaN.
             vs = tl.where(shown, tl.load(behind + 128).to(tl.float32), 0.0)
             vz = tl.where(shown, tl.load(behind + 192).to(tl.float32), 0.0)
@@ -255,7 +174,7 @@ def attend_kernel(
         slot = out_head + head * G + group
         if TO:
             slot = tl.load(to + head * G + group, mask=group < G, other=0)
-        target = out + (token0 + query).to(tl.int64)[:, None] * out_stride + slot[:, None] * D + at[None, :]
+        target = out + token0.to(tl.int64) * out_stride + slot[:, None] * D + at[None, :]
         tl.store(target, (a0 / weight[:, None]).to(out.dtype.element_ty), mask=some)
         tl.store(target + HALF, (a1 / weight[:, None]).to(out.dtype.element_ty), mask=some)
 
@@ -318,21 +237,21 @@ def attend_triton(
         need(not plain or group.store.format.element == q.dtype, f"kv16 pages of {group.store.format.element}: as q is")
         for reading in group.reads:
             border = min(max(rows.singles, reading.rows.start), reading.rows.stop)
-            for run in (range(reading.rows.start, border), range(border, reading.rows.stop)):
-                if run:
-                    _attend_rows(q, group, reading, run, rows, out, scale)
+            if reading.rows.start < border:
+                _attend_produced(q, group, reading, range(reading.rows.start, border), rows, out, scale)
+            if border < reading.rows.stop:
+                attend_prompts(q, group, reading, range(border, reading.rows.stop), rows, out, scale)
 
 
-def _attend_rows(
+def _attend_produced(
     q: Tensor, group: HeadGroup, reading: Reading, run: range, rows: Rows, out: Tensor, scale: float
 ) -> None:
-    """Rows of one kind, all produced or all of prompts."""
+    """Rows of one token each, the leading ones of a reading."""
     store: LayerPages = group.store
     head_dim, kv_heads = q.shape[2], store.heads
     mine = q[:, group.heads]
     per_key = mine.shape[1] // kv_heads
-    single = run.start < rows.singles
-    past = slice(run.start - reading.rows.start, run.stop - reading.rows.start)
+    past = slice(0, len(run))
     pages = reading.pages
     rowwise = pages.slots is None
     ids = pages.ids[past] if rowwise else pages.ids
@@ -340,21 +259,19 @@ def _attend_rows(
     assert ids.stride(-1) == 1 and (index is None or index.stride() == ids.stride()), (ids.stride(), ids.shape)
     seq_len, cu_q = rows.seq_len[run.start : run.stop], rows.cu_q[run.start : run.stop + 1]
     places = ceil_div(rows.longest, PAGE) if index is None else ids.shape[-1]
-    pieces = ceil_div(places, PIECE) if single else 1
+    pieces = ceil_div(places, PIECE)
     flags = constants(
-        per_key, head_dim, store.format.bits, single=single, split=pieces > 1, listed=index is not None,
+        per_key, head_dim, store.format.bits, split=pieces > 1, listed=index is not None,
         slots=not rowwise, to=group.to is not None, window=reading.visible.local is not None,
     )  # fmt: skip
     # Scratch comes from torch's caching allocator: the runner's workspace has no place for it yet.
     split = (len(run), per_key * kv_heads, pieces)
     parts = torch.empty(*split, head_dim, dtype=torch.float32, device=q.device) if pieces > 1 else out
     norms = torch.empty(*split, 2, dtype=torch.float32, device=q.device) if pieces > 1 else out
-    queries = flags["M"] // flags["GP"]
-    grid = (len(run), kv_heads, pieces) if single else (ceil_div(q.shape[0], queries) + len(run), kv_heads, 1)
-    attend_kernel[grid](
+    attend_kernel[(len(run), kv_heads, pieces)](
         mine, out, parts, norms, store.pages.view(store.format.element), store.pages.view(torch.float16), ids,
         ids if index is None else index, pages.count[past], cu_q if rowwise else pages.slots[past],
-        cu_q if group.to is None else group.to, cu_q, seq_len, len(run), kv_heads, q.stride(0), out.stride(0),
+        cu_q if group.to is None else group.to, cu_q, seq_len, kv_heads, q.stride(0), out.stride(0),
         group.heads.start, ids.stride(0), ids.stride(1) if ids.dim() == 3 else 0, pieces,
         scale * math.log2(math.e), reading.visible.sink, reading.visible.local or 0, **flags,
         num_warps=warps_of(flags), num_stages=stages_of(flags),
@@ -373,7 +290,6 @@ def constants(
     head_dim: int,
     bits: int,
     *,
-    single: bool,
     split: bool,
     listed: bool,
     slots: bool,
@@ -385,19 +301,16 @@ def constants(
     half = triton.next_power_of_2(head_dim // 2)
     need(padded <= 64, f"{group} query heads per key head on a GPU: up to 64 are there")
     need(half >= 16 or INTERPRETED, f"heads of {head_dim} dims on a GPU: 32 to 256 are there")
-    rows = max(16, padded) if single else max(64, padded)
-    tokens = PAGE if single and bits == 16 else PAGE // 2 if half <= 64 or bits == 16 else PAGE // 4
+    tokens = PAGE if bits == 16 else PAGE // 2 if half <= 64 else PAGE // 4
     return {
-        "SINGLE": single, "SPLIT": split, "LISTED": listed, "SLOTS": slots, "TO": to, "WINDOW": window,
-        "G": group, "GP": padded, "M": rows, "D": head_dim, "HP": half, "BITS": bits, "PIECE": PIECE,
+        "SPLIT": split, "LISTED": listed, "SLOTS": slots, "TO": to, "WINDOW": window,
+        "G": group, "M": max(16, padded), "D": head_dim, "HP": half, "BITS": bits, "PIECE": PIECE,
         "TOKENS": tokens, "ASM": not INTERPRETED,
     }  # fmt: skip
 
 
 def warps_of(flags: dict[str, int | bool]) -> int:
     """Return the warps of a program: one where a tile is small, which keeps codes out of shared memory."""
-    if not flags["SINGLE"]:
-        return 4 if flags["HP"] <= 64 else 8
     if flags["M"] == 16 and flags["HP"] <= 64 and flags["BITS"] < 16:
         return 1 if flags["BITS"] == 4 or flags["HP"] <= 32 else 2  # one warp spills with 128 dims of 8 bits
     return 4

@@ -6,7 +6,7 @@ and 8 key heads, D = 128) and SmolLM2-135M (hidden 576, D = 64, groups of 3).
 
 from collections.abc import Iterator
 
-from omniserve.kernels import attention, linear, rows, write
+from omniserve.kernels import attention, linear, prefill, rows, write
 from omniserve.kernels.ahead import Spec
 from omniserve.kernels.tiles import choose
 
@@ -138,24 +138,25 @@ def _attention(arch: int) -> Iterator[Spec]:
             for single in (True, False):
                 element = model if bits == 16 else "*u8"
                 sparse = group == 4 and bits == 4
-                flags = attention.constants(
-                    group, head_dim, bits,
-                    single=single, split=single, listed=sparse, slots=not sparse, to=sparse, window=sparse,
-                )  # fmt: skip
+                kinds = {"listed": sparse, "slots": not sparse, "to": sparse, "window": sparse}
+                home = attention if single else prefill
+                extra = {"split": True} if single else {}
+                flags = home.constants(group, head_dim, bits, **kinds, **extra)
+                types = {
+                    "q": model, "out": model, "codes": element,
+                    "scales": "*fp16", "ids": "*i32", "index": "*i32", "count": "*i32", "slots": "*i64",
+                    "to": "*i64", "cu_q": "*i32", "seq_len": "*i32", "kv_heads": "i32",
+                    "q_stride": "i32", "out_stride": "i32", "out_head": "i32", "ids_row": "i32",
+                    "ids_head": "i32", "scale": "fp32", "sink": "i32", "local": "i32",
+                } | ({"parts": "*fp32", "norms": "*fp32", "pieces": "i32"} if single else {"rows": "i32"})  # fmt: skip
                 yield Spec(
                     name=f"attend kv{bits}, {group} heads of {head_dim}, {'produced' if single else 'prompt'}",
                     arch=arch,
-                    kernel=attention.attend_kernel,
-                    types={
-                        "q": model, "out": model, "parts": "*fp32", "norms": "*fp32", "codes": element,
-                        "scales": "*fp16", "ids": "*i32", "index": "*i32", "count": "*i32", "slots": "*i64",
-                        "to": "*i64", "cu_q": "*i32", "seq_len": "*i32", "rows": "i32", "kv_heads": "i32",
-                        "q_stride": "i32", "out_stride": "i32", "out_head": "i32", "ids_row": "i32",
-                        "ids_head": "i32", "pieces": "i32", "scale": "fp32", "sink": "i32", "local": "i32",
-                    },
+                    kernel=attention.attend_kernel if single else prefill.prompt_kernel,
+                    types=types,
                     constants=flags,
-                    warps=attention.warps_of(flags),
-                    stages=attention.stages_of(flags),
+                    warps=home.warps_of(flags),
+                    stages=home.stages_of(flags),
                     loose=("rows", "kv_heads", "out_head", "ids_row", "ids_head", "pieces", "sink", "local", "cu_q",
                            "seq_len", "count"),
                     matrix=_float(arch, single=single),

@@ -13,6 +13,7 @@ KERNELS = {
     "attend_kernel",
     "combine_kernel",
     "gemm_kernel",
+    "prompt_kernel",
     "quantize_kernel",
     "rope_write_kernel",
     "sum_kernel",
