@@ -87,7 +87,7 @@ def add_norm_kernel(
         rounded = value.to(residual.dtype.element_ty)  # the stream has the model's dtype, and so has what is normed
         tl.store(residual + place, rounded, mask=keep)
         value = rounded.to(tl.float32)
-    mean = tl.div_rn(tl.sum(value * value, 0), C.to(tl.float32))
+    mean = tl.div_rn(tl.sum(value * value, 0), 1.0 * C)
     value = value * tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
     value = value * tl.load(weight + at, mask=keep, other=0.0).to(tl.float32)
     _emit(value, keep, place, row, plain, codes, scale, total, PLAIN, INT8, SUM)

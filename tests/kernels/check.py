@@ -46,6 +46,8 @@ def main(names: list[str], device: str) -> int:
                 torch.empty, before = poisoned(torch.empty), torch.empty
                 try:
                     found = problems(implementation.function, operation, there if device == "cuda" else args)
+                except Exception as error:  # one case's failure: the others are run as well
+                    found = [f"{type(error).__name__}: {str(error)[-400:]}"]
                 finally:
                     torch.empty = before
                 failed += bool(found)
