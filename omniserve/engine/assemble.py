@@ -10,6 +10,7 @@ from omniserve.base.config import TILE
 from omniserve.base.numbers import ceil_div
 from omniserve.base.types import PAGE, PageMoves, Step, Work
 from omniserve.ops.batch import Batch, Rows, Workspace
+from omniserve.ops.transfer import sent
 from omniserve.sparsity.policy import Policy
 
 
@@ -60,20 +61,20 @@ class Assembler:
         chunks = len(plan.slots)
         for number, one in enumerate(step.works):
             plan.tiles(number, one, border)
-        tokens = self._tensor(plan.tokens)
+        lists = (
+            plan.tokens, plan.positions, plan.owners, plan.cu_q, plan.seq_len, plan.slots, plan.prompts,
+            [token for token, _ in plan.drawn], [slot for _, slot in plan.drawn],
+        )  # fmt: skip
+        tokens, positions, owners, cu_q, seq_len, slots, prompts, drawn, drawers = sent(lists, self._device)
         if plan.drawn:
-            where, slots = self._tensor([t for t, _ in plan.drawn]), self._tensor([s for _, s in plan.drawn])
-            tokens[where] = self.last_token[slots]
-        positions = self._tensor(plan.positions)
-        owners = self._tensor(plan.owners)
+            tokens[drawn] = self.last_token[drawers]
         rows = Rows(
-            cu_q=self._tensor(plan.cu_q, torch.int32),
-            seq_len=self._tensor(plan.seq_len, torch.int32),
+            cu_q=cu_q.int(),
+            seq_len=seq_len.int(),
             singles=singles,
             longest=max(plan.seq_len),
             tiles=len(plan.slots) - chunks,
         )
-        slots = self._tensor(plan.slots)
         batch = Batch(
             tokens=tokens,
             positions=positions,
@@ -81,7 +82,7 @@ class Assembler:
                 table[owners, positions // PAGE].long() * PAGE + positions % PAGE for table in self.tables
             ),
             slots=slots,
-            prompts=self._tensor(plan.prompts),
+            prompts=prompts,
             tables=self.tables,
             windows=self._policy.windows(self.tables, slots, rows),
             memos=self.memos,
@@ -97,14 +98,11 @@ class Assembler:
 
     def _move(self, table: Tensor, moves: PageMoves) -> None:
         if moves.appended:
-            slots, logical, physical = self._tensor(moves.appended).unbind(1)
+            slots, logical, physical = sent(list(zip(*moves.appended, strict=True)), self._device)
             table[slots, logical] = physical.to(torch.int32)
         if moves.freed:
-            slots, logical = self._tensor(moves.freed).unbind(1)
+            slots, logical = sent(list(zip(*moves.freed, strict=True)), self._device)
             table[slots, logical] = -1
-
-    def _tensor(self, values: Sequence[int] | Sequence[tuple[int, ...]], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self._device)
 
 
 class _Plan:

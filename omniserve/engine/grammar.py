@@ -21,6 +21,7 @@ from omniserve.base.errors import OmniserveError, RequestError
 from omniserve.base.structured import Grammar, Matcher, StructuredOutputs
 from omniserve.base.types import Admission, Fault
 from omniserve.ops.sample import Masked
+from omniserve.ops.transfer import Arriving
 
 if TYPE_CHECKING:
     import llguidance
@@ -206,20 +207,12 @@ class Taking:
 
     def __init__(self, matchers: Sequence[tuple[str, Matcher]], tokens: Tensor) -> None:
         self._matchers: Sequence[tuple[str, Matcher]] = matchers
-        self._tokens = tokens
-        self._event: torch.cuda.Event | None = None
-        if tokens.is_cuda:
-            self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            self._tokens.copy_(tokens, non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch says no more
-            self._event.record()
+        self._tokens = Arriving(tokens)
         self._verdicts: tuple[frozenset[str], dict[str, Fault]] | None = None
 
     def verdicts(self) -> tuple[frozenset[str], dict[str, Fault]]:
         """Wait for the tokens; return the requests whose grammar is complete, and those that fail by theirs."""
         if self._verdicts is None:
-            if self._event is not None:
-                self._event.synchronize()
             for (_, matcher), token in zip(self._matchers, self._tokens.tolist(), strict=True):
                 if token >= 0 and not matcher.done and not matcher.failed:
                     matcher.take([token])

@@ -14,6 +14,7 @@ from omniserve.engine.grammar import Matchers, Taking
 from omniserve.models.decoder import Decoder, LayerStores
 from omniserve.ops.batch import Workspace
 from omniserve.ops.sample import CORRUPTED, EXHAUSTED, Logprobs, SampleState, logprobs, sample
+from omniserve.ops.transfer import Arriving, sent
 from omniserve.sparsity.policy import Policy
 
 _FAULTS: dict[int, Fault] = {CORRUPTED: "logits", EXHAUSTED: "nothing"}
@@ -23,17 +24,33 @@ SCORE_TILE = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listed:
-    """Log-probabilities of tokens that still lie on the device; per token its request and how many of `top` it gets."""
+    """Log-probabilities of tokens on their way to the host; per token its request and how many of `top` it gets."""
 
     requests: tuple[str, ...]
     counts: tuple[int, ...]
-    tokens: Tensor
-    values: Logprobs
+    tokens: Arriving
+    logprob: Arriving
+    rank: Arriving
+    top_ids: Arriving
+    top_logprobs: Arriving
+
+    @staticmethod
+    def of(requests: tuple[str, ...], counts: tuple[int, ...], tokens: Tensor, values: Logprobs) -> "Listed":
+        """Return what begins its way to the host."""
+        return Listed(
+            requests=requests,
+            counts=counts,
+            tokens=Arriving(tokens),
+            logprob=Arriving(values.logprob),
+            rank=Arriving(values.rank),
+            top_ids=Arriving(values.top_ids),
+            top_logprobs=Arriving(values.top_logprobs),
+        )
 
     def entries(self) -> Iterator[tuple[str, TokenLogprobs]]:
         """Wait for the step and yield each token's entry."""
-        ids, tops = self.values.top_ids.tolist(), self.values.top_logprobs.tolist()
-        chosen = zip(self.tokens.tolist(), self.values.logprob.tolist(), self.values.rank.tolist(), strict=True)
+        ids, tops = self.top_ids.tolist(), self.top_logprobs.tolist()
+        chosen = zip(self.tokens.tolist(), self.logprob.tolist(), self.rank.tolist(), strict=True)
         for place, (token, logprob, rank) in enumerate(chosen):
             top = tuple(zip(ids[place], tops[place], strict=True))[: self.counts[place]]
             yield self.requests[place], TokenLogprobs(token=token, logprob=logprob, rank=rank, top=top)
@@ -41,13 +58,13 @@ class Listed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawn:
-    """What a step has brought, on the device still: tokens int64 [S] and whose they are, log-probabilities.
+    """What a step has brought, on its way to the host: tokens int64 [S] and whose they are, log-probabilities.
 
     taking  the tokens of requests with a grammar, on their way to the host
     """
 
     requests: tuple[str, ...] = ()
-    tokens: Tensor | None = None
+    tokens: Arriving | None = None
     logprobs: Listed | None = None
     prompt_logprobs: tuple[Listed, ...] = ()
     taking: Taking | None = None
@@ -147,33 +164,31 @@ class Runner:
                     yield self._listed(work, logits[: len(targets)], targets, count)
 
     def _listed(self, work: Work, logits: Tensor, targets: Sequence[int], count: int) -> Listed:
-        tokens = torch.tensor(targets, dtype=torch.int64).to(logits.device, non_blocking=True)
+        (tokens,) = sent([targets], logits.device)
         size = len(targets)
-        return Listed(
-            requests=(work.request,) * size,
-            counts=(count,) * size,
-            tokens=tokens,
-            values=logprobs(logits, tokens, count),
-        )
+        return Listed.of((work.request,) * size, (count,) * size, tokens, logprobs(logits, tokens, count))
 
     def _draw(self, works: Sequence[Work], hidden: Tensor, assembled: Assembled, scored: tuple[Listed, ...]) -> Drawn:
         drawing = [(work, end) for work, end in zip(works, assembled.ends, strict=True) if work.draws]
         if not drawing:
             return Drawn(prompt_logprobs=scored)
-        device = hidden.device
-        ends = torch.tensor([end for _, end in drawing], device=device)
-        slots = [work.slot for work, _ in drawing]
-        logits = self.model.logits(hidden[ends])
-        rows = self._sampling.rows(slots, [work.start + work.count for work, _ in drawing])
+        works = [work for work, _ in drawing]
+        ends, slots = sent([[end for _, end in drawing], [work.slot for work in works]], hidden.device)
+        return self._sample(works, self.model.logits(hidden[ends]), slots, scored)
+
+    def _sample(self, works: Sequence[Work], logits: Tensor, where: Tensor, scored: tuple[Listed, ...] = ()) -> Drawn:
+        """Draw a token for each work from its row of logits [S, V]; `where`: their slots on the device, int64 [S]."""
+        slots = [work.slot for work in works]
+        rows = self._sampling.rows(slots, [work.start + work.count for work in works])
         masked = self._matchers.rows(slots)
         tokens = sample(logits, rows if masked is None else replace(rows, masked=masked))
         valid = tokens.clamp(min=0)  # what fails may have a row in the next step all the same
         self._sampling.note(rows, valid)
-        self.assembler.last_token[torch.tensor(slots, device=device)] = valid
-        requests = tuple(work.request for work, _ in drawing)
+        self.assembler.last_token[where] = valid
+        requests = tuple(work.request for work in works)
         taking = self._matchers.note(requests, slots, tokens)
         listed = self._of_draws(requests, slots, logits, valid)
-        return Drawn(requests=requests, tokens=tokens, logprobs=listed, prompt_logprobs=scored, taking=taking)
+        return Drawn(requests=requests, tokens=Arriving(tokens), logprobs=listed, prompt_logprobs=scored, taking=taking)
 
     def _of_draws(
         self, requests: tuple[str, ...], slots: Sequence[int], logits: Tensor, tokens: Tensor
@@ -182,11 +197,7 @@ class Runner:
         if not asking:
             return None
         counts = tuple(self._logprobs[slots[row]] for row in asking)
-        rows = torch.tensor(asking).to(logits.device, non_blocking=True)
+        (rows,) = sent([asking], logits.device)
         chosen = tokens[rows]
-        return Listed(
-            requests=tuple(requests[row] for row in asking),
-            counts=counts,
-            tokens=chosen,
-            values=logprobs(logits[rows], chosen, max(counts)),
-        )
+        names = tuple(requests[row] for row in asking)
+        return Listed.of(names, counts, chosen, logprobs(logits[rows], chosen, max(counts)))
