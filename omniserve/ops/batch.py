@@ -82,7 +82,7 @@ class Batch:
     write_slots  per kind int64 [T]: physical page * 64 + offset of each token's key and value
     slots        int64 [R]: request slot of each row; prompts int64 [R]: prompt length of its request
     tables       per kind int32 [slots, max_pages]: physical page by request slot and logical page
-    windows      what streaming heads read, the same in all layers; empty if there are none
+    windows      per kind what its heads read alike in all layers: lists that lengths alone decide, made once per step
     memos        per layer int32 [slots, H, P]: logical pages that each slot's request chose at its last refresh;
                  empty without selection
     """
@@ -93,7 +93,7 @@ class Batch:
     slots: Tensor
     prompts: Tensor
     tables: tuple[Tensor, ...]
-    windows: tuple[Reading, ...]
+    windows: tuple[tuple[Reading, ...], ...]
     memos: tuple[Tensor, ...]
     rows: Rows
     work: Workspace

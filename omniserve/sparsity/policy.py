@@ -1,6 +1,7 @@
 """Policies: what sparsity means. A policy hands out page lists and holds no state of any request."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -47,8 +48,11 @@ class Policy(Protocol):
     def memos(self, *, slots: int, pages: int, device: torch.device) -> tuple[Tensor, ...]:
         """Return what outlives a step on the device, per layer by request slot (`Batch.memos`)."""
 
-    def windows(self, tables: Sequence[Tensor], slots: Tensor, rows: Rows) -> tuple[Reading, ...]:
-        """Return what is the same for all layers of a step (`Batch.windows`)."""
+    def windows(self, tables: Sequence[Tensor], slots: Tensor, rows: Rows) -> tuple[tuple[Reading, ...], ...]:
+        """Return per kind what is the same for all layers of a step (`Batch.windows`).
+
+        Safe to capture in a CUDA graph: shapes follow from the numbers of rows and `rows.longest` alone.
+        """
 
     def groups(self, layer: int, q: Tensor, stores: tuple[PageStore, ...], batch: Batch) -> tuple[HeadGroup, ...]:
         """Return what each kind of heads reads in a layer this step; q [T, Hq, D], rotated, heads sorted."""
@@ -72,14 +76,14 @@ class Dense:
         """Return nothing: a dense model remembers nothing beside its pages."""
         return ()
 
-    def windows(self, tables: Sequence[Tensor], slots: Tensor, rows: Rows) -> tuple[Reading, ...]:
-        """Return nothing: no head streams."""
-        return ()
+    def windows(self, tables: Sequence[Tensor], slots: Tensor, rows: Rows) -> tuple[tuple[Reading, ...], ...]:
+        """Return all pages of every row: the device table itself, by request slot."""
+        return ((whole(tables[0], slots, rows, range(rows.count)),),)
 
     def groups(self, layer: int, q: Tensor, stores: tuple[PageStore, ...], batch: Batch) -> tuple[HeadGroup, ...]:
-        """Return one group whose list is the device table itself, by request slot."""
-        every = range(batch.rows.count)
-        reading = Reading(rows=every, pages=whole(batch, batch.tables[0], every), visible=self._visible[layer])
+        """Return one group that reads every page, within the layer's own window if it has one."""
+        ((every,),) = batch.windows
+        reading = replace(every, visible=self._visible[layer])
         return (HeadGroup(heads=self._heads, to=None, reads=(reading,), store=stores[0]),)
 
 
@@ -111,22 +115,30 @@ class Sparse:
         counts = self.heads.get(Kind.RETRIEVAL, ())
         return tuple(self._selector.memo(slots=slots, heads=heads, pages=pages, device=device) for heads in counts)
 
-    def windows(self, tables: Sequence[Tensor], slots: Tensor, rows: Rows) -> tuple[Reading, ...]:
+    def windows(self, tables: Sequence[Tensor], slots: Tensor, rows: Rows) -> tuple[tuple[Reading, ...], ...]:
+        """Return all pages of rows that choose none, and those of sinks and windows for streaming heads."""
+        return tuple(
+            self._selector.windows(table, slots, rows)
+            if kind is Kind.RETRIEVAL
+            else self._streaming(table, slots, rows)
+            for kind, table in zip(self._kinds, tables, strict=True)
+        )
+
+    def _streaming(self, table: Tensor, slots: Tensor, rows: Rows) -> tuple[Reading, ...]:
         """Return the pages of the sink and of the windows, for produced positions and for those of prompts."""
-        if Kind.STREAMING not in self.heads:
-            return ()
-        table = tables[self._kinds.index(Kind.STREAMING)]
         begin = rows.seq_len.long() - (rows.cu_q[1:] - rows.cu_q[:-1]).long()  # position of a row's first query
         sink = self._sparsity.sink
         reads = []
+        local, longest = self._sparsity.local, ceil_div(rows.longest, PAGE)
         spans = (
-            (range(rows.singles), self._sparsity.local),
-            (range(rows.singles, rows.count), self._sparsity.prefill_local),
+            # A window of n tokens lies in up to (n + 62) // 64 + 1 pages; a prompt's rows may be as long as the prompt.
+            (range(rows.singles), local, min(ceil_div(sink, PAGE) + (local + PAGE - 2) // PAGE + 1, longest)),
+            (range(rows.singles, rows.count), self._sparsity.prefill_local, longest),
         )
-        for span, local in spans:
+        for span, local, width in spans:
             if span:
                 of = slice(span.start, span.stop)
-                pages = _window(table[slots[of]], begin[of], rows.seq_len[of].long(), sink, local)
+                pages = _window(table[slots[of]], begin[of], rows.seq_len[of].long(), sink, local, width)
                 reads.append(Reading(rows=span, pages=pages, visible=Visible(sink=sink, local=local)))
         return tuple(reads)
 
@@ -134,29 +146,29 @@ class Sparse:
         """Return a group for each kind that has heads in this layer."""
         groups = []
         first = 0
-        for kind, store, table in zip(self._kinds, stores, batch.tables, strict=True):
+        for place, (kind, store) in enumerate(zip(self._kinds, stores, strict=True)):
             heads = slice(first, first + self._spec.group * store.heads)
             first = heads.stop
             if not store.heads:
                 continue
-            reads = batch.windows
+            reads = batch.windows[place]
             if kind is Kind.RETRIEVAL:
-                reads = self._selector.reads(layer, q[:, heads], store, batch, table)
+                reads = self._selector.reads(layer, q[:, heads], store, batch, batch.tables[place], reads)
             places = self._places[layer]
             to = None if places is None else places[heads]
             groups.append(HeadGroup(heads=heads, to=to, reads=reads, store=store))
         return tuple(groups)
 
 
-def _window(table: Tensor, begin: Tensor, end: Tensor, sink: int, local: int) -> PageList:
+def _window(table: Tensor, begin: Tensor, end: Tensor, sink: int, local: int, width: int) -> PageList:
     """Return sink and window pages of rows whose queries stand at positions [begin, end), each page once, ascending.
 
-    table [R, max_pages]
+    table [R, max_pages]; width: places of the lists, at least as many as any row has pages to read
     """
     opening = (begin - local + 1).clamp(min=0) // PAGE  # the page of the first key that a window shows
     leading = opening.clamp(max=ceil_div(sink, PAGE))
     count = leading + (end - 1) // PAGE - opening + 1
-    place = torch.arange(int(count.max()), device=table.device)[None]
+    place = torch.arange(width, device=table.device)[None]
     index = torch.where(place < leading[:, None], place, place - leading[:, None] + opening[:, None])
     index = index.clamp(max=table.shape[1] - 1)
     ids = torch.gather(table, 1, index)

@@ -15,7 +15,7 @@ from torch import Tensor
 from omniserve.base.config import TILE, Sparsity
 from omniserve.base.numbers import ceil_div
 from omniserve.base.types import PAGE
-from omniserve.ops.batch import Batch, PageList, Reading, Visible
+from omniserve.ops.batch import Batch, PageList, Reading, Rows, Visible
 from omniserve.ops.pages import PageStore
 from omniserve.ops.select import score_pages, score_tiles, top_pages
 
@@ -34,16 +34,26 @@ class PageSelector:
         size = 0 if self._budget is None else min(self._budget, pages)
         return torch.zeros(slots, heads, size, dtype=torch.int32, device=device)
 
-    def reads(self, layer: int, q: Tensor, store: PageStore, batch: Batch, table: Tensor) -> tuple[Reading, ...]:
-        """Return what the layer's retrieval heads read this step; q [T, G * H, D] are their queries, rotated."""
-        rows = batch.rows
-        chosen = rows.singles if self._budget is not None else 0
-        reads = []
+    def windows(self, table: Tensor, slots: Tensor, rows: Rows) -> tuple[Reading, ...]:
+        """Return what rows that choose nothing read: all pages."""
+        plain = range(self._choosing(rows), rows.count - rows.tiles)
+        return (whole(table, slots, rows, plain),) if plain else ()
+
+    def _choosing(self, rows: Rows) -> int:
+        """Return how many leading rows choose their pages."""
+        return rows.singles if self._budget is not None else 0
+
+    def reads(
+        self, layer: int, q: Tensor, store: PageStore, batch: Batch, table: Tensor, plain: tuple[Reading, ...]
+    ) -> tuple[Reading, ...]:
+        """Return what the layer's retrieval heads read this step; q [T, G * H, D] are their queries, rotated.
+
+        plain  what `windows` gave for this step
+        """
+        rows, reads = batch.rows, list(plain)
+        chosen = self._choosing(rows)
         if chosen:
             reads.append(Reading(rows=range(chosen), pages=self._selected(layer, q, store, batch, table), visible=_ALL))
-        plain = range(chosen, rows.count - rows.tiles)
-        if plain:
-            reads.append(Reading(rows=plain, pages=whole(batch, table, plain), visible=_ALL))
         if rows.tiles:
             reads.append(self._tiles(q, store, batch, table))
         return tuple(reads)
@@ -112,11 +122,12 @@ class PageSelector:
 _ALL = Visible()
 
 
-def whole(batch: Batch, table: Tensor, rows: range) -> PageList:
-    """Return the list of all pages of these rows: the device table itself, by request slot."""
-    span = slice(rows.start, rows.stop)
-    assert batch.rows.longest <= table.shape[1] * PAGE, ceil_div(batch.rows.longest, PAGE)
-    return PageList(ids=table, index=None, count=(batch.rows.seq_len[span] + PAGE - 1) // PAGE, slots=batch.slots[span])
+def whole(table: Tensor, slots: Tensor, rows: Rows, span: range) -> Reading:
+    """Return the reading of all pages by the rows of `span`: the device table itself, by request slot."""
+    of = slice(span.start, span.stop)
+    assert rows.longest <= table.shape[1] * PAGE, ceil_div(rows.longest, PAGE)
+    count = (rows.seq_len[of] + (PAGE - 1)) // PAGE
+    return Reading(rows=span, pages=PageList(ids=table, index=None, count=count, slots=slots[of]), visible=_ALL)
 
 
 def _listed(table: Tensor, index: Tensor, count: Tensor) -> PageList:

@@ -119,13 +119,13 @@ class Selection:
             slots=torch.tensor([slot for slot, _, _, _ in asks]),
             prompts=torch.tensor([prompt for _, prompt, _, _ in asks]),
             tables=(self.table,),
-            windows=(),
+            windows=((),),
             memos=(self.memo,),
             rows=rows,
             work=Workspace(out=nothing),
         )
         q = torch.stack([query for _, _, _, query in asks])
-        (reading,) = self.selector.reads(0, q, self.store, batch, self.table)
+        (reading,) = self.selector.reads(0, q, self.store, batch, self.table, ())
         return reading.pages
 
 
