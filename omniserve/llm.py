@@ -97,6 +97,7 @@ class _Open:
         self.prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
         self.usage: Usage | None = None
         self.error: str | None = None
+        self._held: list[int] = []
         self._answer = Answer(request.sampling, request.stop_ids, tokenizer)
 
     @property
@@ -109,14 +110,24 @@ class _Open:
         """Why it ended, None while it goes on."""
         return self._answer.finish
 
+    def hold(self, output: Output) -> bool:
+        """Add a step's tokens and leave their text for later; False, and nothing done, if it may end the answer."""
+        if output.finish is not None or self.request.sampling.stop or output.prompt_logprobs:
+            return False
+        self._held += output.new_tokens
+        self.ids += output.new_tokens
+        self.logprobs += output.logprobs
+        return True
+
     def take(self, output: Output) -> str:
-        """Add a step's tokens and return their text."""
+        """Add a step's tokens and return the text that has come since the last time."""
         self.ids += output.new_tokens
         self.logprobs += output.logprobs
         self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs
         self.usage = output.usage
         self.error = None if output.fault is None else FAULTS[output.fault]
-        return self._answer.take(output)
+        held, self._held = self._held, []
+        return self._answer.take(replace(output, new_tokens=(*held, *output.new_tokens)) if held else output)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -364,6 +375,8 @@ class LLM:
                     if output.request not in waiting:
                         continue
                     group, member = waiting[output.request]
+                    if member.hold(output):  # nobody reads along: text is made once, at the end
+                        continue
                     member.take(output)
                     if member.finish is not None:
                         self._end(member)

@@ -6,7 +6,7 @@
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, cast, get_args, get_origin
 
@@ -113,6 +113,9 @@ class Options:
     max_model_len: int | None = option(None, "longest sequence in tokens; default: the model's context")
     max_num_seqs: int | None = option(None, "requests running at once; default 16 on the CPU, 256 on a GPU")
     max_num_batched_tokens: int | None = option(None, "tokens per step; default 512 on the CPU, 8192 on a GPU")
+    gpu_memory_utilization: float | None = option(
+        None, "share of a GPU's memory that the engine takes, others' use counted in; default 0.9"
+    )
     kv_cache_memory_bytes: int | None = option(None, "memory of the KV pages in bytes; default: what is free")
     enable_prefix_caching: bool = option(True, "reuse the pages of equal prefixes")
     async_scheduling: bool | None = option(None, "plan the next step while the last one runs; default: on a GPU only")
@@ -261,6 +264,7 @@ def resolve(
     token_bytes: int,
     free_bytes: int,
     streaming_token_bytes: int = 0,
+    working_bytes: Callable[[int, int], int] | None = None,
 ) -> EngineConfig:
     """Return the configuration with every "auto" replaced.
 
@@ -268,7 +272,8 @@ def resolve(
     dtype        what "auto" means for this checkpoint on this device
     token_bytes  KV bytes per token of the chosen precision, all layers; of retrieval heads, with their statistics
     streaming_token_bytes  the same of streaming heads
-    free_bytes   memory that pages may take when the user does not say
+    free_bytes   memory that pages may take when the user does not say, with what a step needs
+    working_bytes  what a step of so many tokens and sequences needs of it
     Raises ConfigError or CapacityError.
     """
     cpu = device.kind == "cpu"
@@ -288,6 +293,8 @@ def resolve(
             "one token for each request and a tile of a prompt"
         )
     overlap = not cpu if options.async_scheduling is None else options.async_scheduling
+    if working_bytes is not None:
+        free_bytes = max(free_bytes - working_bytes(step, seqs), 0)
     streaming_pages = 0
     if streaming_token_bytes:
         unlanded = step * (2 if overlap else 1)

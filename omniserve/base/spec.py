@@ -84,8 +84,12 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """Where the engine runs: kind, compute capability (CUDA only) and memory in bytes."""
+    """Where the engine runs.
+
+    memory_bytes  what the engine may take, of total_bytes; capability: of CUDA devices
+    """
 
     kind: Literal["cpu", "cuda"]
     memory_bytes: int
     capability: tuple[int, int] | None = None
+    total_bytes: int = 0

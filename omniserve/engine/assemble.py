@@ -29,28 +29,55 @@ class Assembled:
 class Assembler:
     """Holds what outlives a step on the device: page tables and last tokens, by request slot. Mutable.
 
-    tables      per kind int32 [slots, max_pages], column = logical page
+    One slot more than there are requests, `idle`, has no pages: what its rows write goes nowhere.
+
+    tables      per kind int32 [slots + 1, max_pages], column = logical page
     memos       what the policy remembers, by layer and slot
-    last_token  int64 [slots]: the token that a slot's request drew last
+    last_token  int64 [slots + 1]: the token that a slot's request drew last
     """
 
     def __init__(self, policy: Policy, *, slots: int, max_len: int, device: torch.device) -> None:
         pages = ceil_div(max_len, PAGE)
-        self.tables = tuple(torch.full((slots, pages), -1, dtype=torch.int32, device=device) for _ in policy.heads)
-        self.memos = policy.memos(slots=slots, pages=pages, device=device)
+        self.idle = slots
+        shape = (slots + 1, pages)
+        self.tables = tuple(torch.full(shape, -1, dtype=torch.int32, device=device) for _ in policy.heads)
+        self.memos = policy.memos(slots=slots + 1, pages=pages, device=device)
         self._policy = policy
-        self.last_token = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.last_token = torch.zeros(slots + 1, dtype=torch.int64, device=device)
         self._device = device
+        self._each = torch.arange(slots + 1, dtype=torch.int32, device=device)
+
+    def move(self, moves: Sequence[PageMoves]) -> None:
+        """Bring the page tables up to date."""
+        for table, moved in zip(self.tables, moves, strict=True):
+            self._move(table, moved)
+
+    def decode(self, slots: Tensor, positions: Tensor, prompts: Tensor, work: Workspace) -> Batch:
+        """Return the batch of R produced positions, each with the token that its slot's request drew last.
+
+        slots, positions, prompts int64 [R], on the device. The host looks at nothing: the work can be captured.
+        """
+        rows = Rows(
+            cu_q=self._counting(slots.shape[0] + 1),
+            seq_len=(positions + 1).int(),
+            singles=slots.shape[0],
+            longest=self.tables[0].shape[1] * PAGE,
+        )
+        return self._batch(self.last_token[slots], positions, slots, slots, prompts, rows, work)
+
+    def _counting(self, count: int) -> Tensor:
+        """Return 0, 1, 2, ... as int32 [count]."""
+        if count > self._each.shape[0]:
+            self._each = torch.arange(count, dtype=torch.int32, device=self._device)
+        return self._each[:count]
 
     def assemble(self, step: Step, work: Workspace) -> Assembled:
-        """Apply the step's page moves and return its batch.
+        """Return a step's batch; its page moves are in the tables already.
 
         A work's produced positions become single-query rows, which come first; its prompt positions one row of
         several queries, even when it is one token. Where the policy has tiles, prompt positions from `tiles_from` on
         become a row for each tile; these come last.
         """
-        for table, moves in zip(self.tables, step.moves, strict=True):
-            self._move(table, moves)
         plan = _Plan()
         border = self._policy.tiles_from
         for number, one in enumerate(step.works):
@@ -75,12 +102,25 @@ class Assembler:
             longest=max(plan.seq_len),
             tiles=len(plan.slots) - chunks,
         )
-        batch = Batch(
+        batch = self._batch(tokens, positions, owners, slots, prompts, rows, work)
+        spans = [sorted(plan.spans[number], key=lambda run: run[0]) for number in range(len(step.works))]
+        return Assembled(
+            batch=batch,
+            ends=tuple(runs[-1][1].stop - 1 for runs in spans),
+            spans=tuple(tuple(span for _, span in runs) for runs in spans),
+        )
+
+    def _batch(
+        self, tokens: Tensor, positions: Tensor, owners: Tensor, slots: Tensor, prompts: Tensor, rows: Rows,
+        work: Workspace,
+    ) -> Batch:  # fmt: skip
+        """Return the batch of tokens at positions, int64 [T], of requests whose slots are owners [T] and slots [R]."""
+        page, offset = positions // PAGE, positions % PAGE
+        return Batch(
             tokens=tokens,
             positions=positions,
-            write_slots=tuple(
-                table[owners, positions // PAGE].long() * PAGE + positions % PAGE for table in self.tables
-            ),
+            # A place below 0 is skipped: the slot has no page there.
+            write_slots=tuple(table[owners, page].long() * PAGE + offset for table in self.tables),
             slots=slots,
             prompts=prompts,
             tables=self.tables,
@@ -88,12 +128,6 @@ class Assembler:
             memos=self.memos,
             rows=rows,
             work=work,
-        )
-        spans = [sorted(plan.spans[number], key=lambda run: run[0]) for number in range(len(step.works))]
-        return Assembled(
-            batch=batch,
-            ends=tuple(runs[-1][1].stop - 1 for runs in spans),
-            spans=tuple(tuple(span for _, span in runs) for runs in spans),
         )
 
     def _move(self, table: Tensor, moves: PageMoves) -> None:

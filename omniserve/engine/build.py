@@ -1,6 +1,5 @@
 """From a model's path and a user's options to an engine that is ready to step."""
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from omniserve.base.types import PAGE, Kind
 from omniserve.cache.manager import CacheManager
 from omniserve.cache.pool import PagePool
 from omniserve.cache.store import KVStore
+from omniserve.engine.device import check_dtype, check_room, find_device, working_bytes
 from omniserve.engine.engine import Engine
 from omniserve.engine.executor import LocalExecutor
 from omniserve.engine.runner import Runner
@@ -118,7 +118,9 @@ def build(
     where = torch.device(device.kind)
     policy = (make_policy or partial(policy_of, choose_sparsity(options)))(spec, where)
     chosen = dtype or _dtype(options, source, device)
+    check_dtype(options, device, chosen)
     kv = kv_format(precision.kv, dtype=TORCH[chosen], static=scales is not None)
+    gpu = device.kind == "cuda"
     config = resolve(
         options,
         spec,
@@ -126,8 +128,9 @@ def build(
         stored=stored,
         dtype=chosen,
         token_bytes=_token_bytes(kv, policy, Kind.RETRIEVAL, spec),
-        free_bytes=device.memory_bytes // 2,
+        free_bytes=check_room(device, spec, precision, chosen) if gpu else device.memory_bytes,
         streaming_token_bytes=_token_bytes(kv, policy, Kind.STREAMING, spec),
+        working_bytes=working_bytes(spec, chosen, options.max_model_len or spec.context) if gpu else None,
     )
     opened = time.perf_counter()
     decoder = load_decoder(
@@ -142,6 +145,9 @@ def build(
     )
     loaded = time.perf_counter()
     engine, runner, stores = make_engine(decoder, kv, config, policy, scales, key_means(source, spec))
+    if gpu and config.backend == "auto":
+        runner.prepare(graphs=captures(spec, policy))
+    prepared = time.perf_counter()
     plan = MemoryPlan(
         model=Path(source.path if model is None else model).name,
         weight_bytes=decoder.weight_bytes,
@@ -151,7 +157,7 @@ def build(
         pages={kind.value: store.pages for kind, store in stores.items()},
         statistics_bytes=sum(store.statistics.nbytes for store in stores.values()),
         rounding=_rounding(scheme, precision),
-        seconds={"open": opened - started, "load": loaded - opened},
+        seconds={"open": opened - started, "load": loaded - opened, "prepare": prepared - loaded},
     )
     _LOG.info("plan %s", log.fields(**_described(plan, config)))
     _LOG.info("operations %s", log.fields(**choices(device.kind, reference=config.backend == "reference")))
@@ -165,6 +171,11 @@ def build(
         heads=tuple(_letters(policy, layer, spec) for layer in range(spec.layers)),
         warnings=(*_labels(source), *_warnings(precision, scheme)),
     )
+
+
+def captures(spec: ModelSpec, policy: Policy) -> bool:
+    """Whether decode steps become CUDA graphs: experts are chosen on the host, and so are selected pages."""
+    return spec.experts is None and isinstance(policy, Dense)
 
 
 def open_source(
@@ -316,14 +327,6 @@ TORCH: dict[DtypeName, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float64": torch.float64,
 }
-
-
-def find_device(options: Options) -> Device:
-    """Return the device to run on. Raises ConfigError if the asked one is not there or not supported yet."""
-    if options.device == "cuda":
-        raise ConfigError("device=cuda: this version has no GPU kernels that have run on a GPU yet; use --device cpu")
-    pages, size = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    return Device(kind="cpu", memory_bytes=pages * size)
 
 
 def _dtype(options: Options, source: Source, device: Device) -> DtypeName:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from omniserve.base.types import Admission, Fault, Step, StepResult, TokenLogprobs, Work
+from omniserve.base.types import PAGE, Admission, Fault, Step, StepResult, TokenLogprobs, Work
 from omniserve.engine.assemble import Assembled, Assembler
 from omniserve.engine.grammar import Matchers, Taking
+from omniserve.engine.graphs import DecodeGraphs, Numbers
 from omniserve.models.decoder import Decoder, LayerStores
 from omniserve.ops.batch import Workspace
 from omniserve.ops.sample import CORRUPTED, EXHAUSTED, Logprobs, SampleState, logprobs, sample
@@ -18,6 +19,8 @@ from omniserve.ops.transfer import Arriving, sent
 from omniserve.sparsity.policy import Policy
 
 _FAULTS: dict[int, Fault] = {CORRUPTED: "logits", EXHAUSTED: "nothing"}
+PROMPTS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+"""Tokens of the prompts that a GPU's kernels are compiled with before the first request."""
 SCORE_TILE = 128
 """Positions whose logits a reducer gets at once; bounds the memory of large vocabularies."""
 
@@ -92,6 +95,17 @@ class Drawn:
         )
 
 
+def _decodes(work: Work) -> bool:
+    """Whether a work is one produced position whose token lies on the device."""
+    return work.draws and not work.new_tokens and work.count == 1
+
+
+def _idle_work(slot: int, count: int) -> Work:
+    return Work(
+        request="", slot=slot, start=0, count=count, prompt=count, new_tokens=(0,) * count, logits="none", draws=False
+    )
+
+
 class Runner:
     """Runs steps in order. Mutable: pages, page tables, last tokens and what sampling needs by slot."""
 
@@ -115,6 +129,8 @@ class Runner:
         self._logprobs: dict[int, int] = {}  # by slot, how many are asked for
         self._work = Workspace(out=torch.empty(max_step_tokens, spec.heads, spec.head_dim, dtype=dtype, device=device))
         self._scored: dict[int, Admission] = {}
+        self._device = device
+        self._graphs: DecodeGraphs | None = None
 
     @torch.inference_mode()
     def run(self, step: Step) -> Drawn:
@@ -123,6 +139,9 @@ class Runner:
         for work in step.works:
             if work.admission is not None:
                 self._admit(work.slot, work.admission)
+        self.assembler.move(step.moves)
+        if all(map(_decodes, step.works)):
+            return self._sample(step.works, *self._decode(step.works))
         assembled = self.assembler.assemble(step, self._work)
         hidden = self.model.hidden(assembled.batch, self.stores)
         scored: list[Listed] = []
@@ -130,6 +149,32 @@ class Runner:
             if work.logits == "all":
                 scored += self._score(work, hidden, assembled.spans[number])
         return self._draw(step.works, hidden, assembled, tuple(scored))
+
+    @torch.inference_mode()
+    def prepare(self, *, graphs: bool) -> None:
+        """Run steps of no request, so that no kernel is compiled, and no graph captured, within one."""
+        model, idle, most = self.model, self.assembler.idle, self._work.out.shape[0]
+        longest = self.assembler.tables[0].shape[1] * PAGE
+        for tokens in {min(size + odd, most) for size in PROMPTS for odd in (0, 1)}:
+            chunks = [min(longest, tokens - first) for first in range(0, tokens, longest)]
+            works = tuple(_idle_work(idle, count) for count in chunks)
+            assembled = self.assembler.assemble(Step(works=works), self._work)
+            model.logits(model.hidden(assembled.batch, self.stores)[list(assembled.ends)])
+        if graphs:
+            self._graphs = DecodeGraphs(self._produce, (idle, 0, 0), most=idle, device=self._device)
+
+    def _decode(self, works: Sequence[Work]) -> tuple[Tensor, Tensor]:
+        """Return the logits [R, V] of works of one produced position each, and their slots on the device."""
+        lists = [work.slot for work in works], [work.start for work in works], [work.prompt for work in works]
+        if self._graphs is not None and len(works) <= self._graphs.most:
+            return self._graphs.run(lists)
+        slots, positions, prompts = sent(lists, self._device)
+        return self._produce((slots, positions, prompts)), slots
+
+    def _produce(self, numbers: Numbers) -> Tensor:
+        """Return the logits of rows that read the last tokens of their slots; nothing in it looks from the host."""
+        batch = self.assembler.decode(*numbers, self._work)
+        return self.model.logits(self.model.hidden(batch, self.stores))
 
     def _admit(self, slot: int, admission: Admission) -> None:
         self._sampling.set(slot, admission)

@@ -113,7 +113,9 @@ class KVFormat:
         else:
             high, negative = wide.amax(-1, keepdim=True), wide.amin(-1, keepdim=True).neg_()
             amax = torch.maximum(high, negative)
-            s = torch.maximum(high.add_(negative).div_(self.top), amax.div_(1024)).clamp_(SMALLEST, LARGEST).half()
+            # Divided by a tensor: by a number, a GPU multiplies with its rounded reciprocal.
+            step = high.add_(negative).div_(torch.full_like(high, self.top))
+            s = torch.maximum(step, amax.div_(1024)).clamp_(SMALLEST, LARGEST).half()
             z = negative.div_(s).half()
         codes = (wide / s.to(wide.dtype)).add_(z).round_().clamp_(0, self.top).to(torch.uint8)
         return pack_halves(codes) if self.bits == 4 else codes, torch.cat((s, z), -1)

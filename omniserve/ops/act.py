@@ -95,7 +95,8 @@ def quantize(x: Tensor, wants: ActFormat) -> Act:
     if wants is ActFormat.PLAIN:
         return Plain(x)
     exact = x if x.dtype == torch.float64 else x.float()
-    scale = exact.abs().amax(-1, keepdim=True).clamp_(min=FLOOR).div_(127).float()
+    amax = exact.abs().amax(-1, keepdim=True).clamp_(min=FLOOR)
+    scale = amax.div_(torch.full_like(amax, 127)).float()  # by a number, a GPU multiplies with its rounded reciprocal
     codes = (exact / scale).round_().clamp_(-127, 127).to(torch.int8)
     total = codes.sum(-1, keepdim=True, dtype=torch.int32) if wants.sums else None
     int8 = Int8(codes, scale, total, x.dtype)

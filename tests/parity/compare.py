@@ -34,7 +34,8 @@ def rebuilt(value: Any, change: Callable[[Tensor], Tensor], dtype: Callable[[tor
     if isinstance(value, tuple | list):
         return type(value)(rebuilt(one, change, dtype) for one in value)
     if isinstance(value, LayerPages):
-        return dataclasses.replace(value, pages=change(value.pages))
+        given = {name: getattr(value, name) for name in ("pages", "scale", "key_mean")}
+        return dataclasses.replace(value, **{name: change(t) for name, t in given.items() if t is not None})
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: rebuilt(getattr(value, f.name), change, dtype) for f in dataclasses.fields(value)}
         return dataclasses.replace(value, **fields)

@@ -77,9 +77,8 @@ class Served:
                     admission=Admission(sampling=one.sampling, seed=0, prompt=one.prompt),
                 )
             )
-        made = self.assembler.assemble(
-            Step(works=tuple(works), moves=self.cache.moves()), Workspace(out=torch.empty(0))
-        )
+        self.assembler.move(self.cache.moves())
+        made = self.assembler.assemble(Step(works=tuple(works)), Workspace(out=torch.empty(0)))
         tokens = made.batch.tokens.shape[0]
         q = torch.randn(tokens, 2, D, generator=self.draw, dtype=torch.float64)
         k, v = (torch.randn(tokens, 1, D, generator=self.draw).double() for _ in range(2))
@@ -155,5 +154,5 @@ def test_write_slots_of_huge_pools_are_64_bit() -> None:
     served = Served(1, 64)
     served.assembler.tables[0][0, 0] = 1 << 26
     work = Work(request="0", slot=0, start=0, count=1, prompt=1, new_tokens=(1,), logits="none", draws=False)
-    made = served.assembler.assemble(Step(works=(work,), moves=served.cache.moves()), Workspace(out=torch.empty(0)))
+    made = served.assembler.assemble(Step(works=(work,)), Workspace(out=torch.empty(0)))
     assert made.batch.write_slots[0].tolist() == [1 << 32]
