@@ -94,13 +94,15 @@ class Answer:
         self.finish: FinishReason | None = None
         self._stop_ids = stop_ids
         self._keeps_stop = params.include_stop_str_in_output
-        self._stream = TextStream(
-            tokenizer,
-            params.stop,
-            include_stop=params.include_stop_str_in_output,
-            skip_special=params.skip_special_tokens,
-            min_tokens=params.min_tokens,
-        )
+        self._stream: TextStream | None = None
+        if params.detokenize:
+            self._stream = TextStream(
+                tokenizer,
+                params.stop,
+                include_stop=params.include_stop_str_in_output,
+                skip_special=params.skip_special_tokens,
+                min_tokens=params.min_tokens,
+            )
 
     def take(self, output: Output) -> str:
         """Return the text of an output's tokens. A stop string ends the answer: what comes after it is dropped.
@@ -109,6 +111,9 @@ class Answer:
         """
         ids = output.new_tokens
         self.tokens += len(ids)
+        if self._stream is None:
+            self.finish = output.finish
+            return ""
         if output.finish == "stop" and ids and ids[-1] in self._stop_ids and not self._keeps_stop:
             ids = ids[:-1]
         piece = self._stream.push(ids, output.finish is not None)
@@ -118,4 +123,4 @@ class Answer:
     @property
     def text(self) -> str:
         """All text so far."""
-        return self._stream.text
+        return "" if self._stream is None else self._stream.text

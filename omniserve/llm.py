@@ -1,6 +1,7 @@
 """The offline API: text in, text out, with the engine in this process."""
 
 import itertools
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -48,6 +49,7 @@ class CompletionOutput:
     index     place among the prompt's n continuations
     logprobs  for each token what `SamplingParams.logprobs` asks for; None if it asks for nothing
     error     what went wrong, where finish_reason is "error": this continuation ended early, others did not
+    times     when each token had come, by the clock of `time.perf_counter`
     """
 
     text: str
@@ -56,6 +58,7 @@ class CompletionOutput:
     index: int = 0
     logprobs: tuple[TokenOptions, ...] | None = None
     error: str | None = None
+    times: tuple[float, ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +96,7 @@ class _Open:
         self.request = request
         self.index = index
         self.ids: list[int] = []
+        self.times: list[float] = []
         self.logprobs: list[TokenLogprobs] = []
         self.prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
         self.usage: Usage | None = None
@@ -110,18 +114,23 @@ class _Open:
         """Why it ended, None while it goes on."""
         return self._answer.finish
 
-    def hold(self, output: Output) -> bool:
-        """Add a step's tokens and leave their text for later; False, and nothing done, if it may end the answer."""
+    def hold(self, output: Output, when: float) -> bool:
+        """Add a step's tokens, which came at `when`, and leave their text for later.
+
+        False, and nothing done, if they may end the answer.
+        """
         if output.finish is not None or self.request.sampling.stop or output.prompt_logprobs:
             return False
         self._held += output.new_tokens
         self.ids += output.new_tokens
+        self.times += [when] * len(output.new_tokens)
         self.logprobs += output.logprobs
         return True
 
-    def take(self, output: Output) -> str:
-        """Add a step's tokens and return the text that has come since the last time."""
+    def take(self, output: Output, when: float) -> str:
+        """Add a step's tokens, which came at `when`, and return the text that has come since the last time."""
         self.ids += output.new_tokens
+        self.times += [when] * len(output.new_tokens)
         self.logprobs += output.logprobs
         self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs
         self.usage = output.usage
@@ -176,6 +185,7 @@ class LLM:
         self._numbers = itertools.count()
         self._streams: dict[str, tuple[_Group, _Open]] = {}
         self._texts: dict[int, str] = {}
+        self._stepped = 0.0
         self.spec: ModelSpec = built.spec
         self.config: EngineConfig = built.config
         self.plan: MemoryPlan = built.plan
@@ -375,9 +385,9 @@ class LLM:
                     if output.request not in waiting:
                         continue
                     group, member = waiting[output.request]
-                    if member.hold(output):  # nobody reads along: text is made once, at the end
+                    if member.hold(output, self._stepped):  # nobody reads along: text is made once, at the end
                         continue
-                    member.take(output)
+                    member.take(output, self._stepped)
                     if member.finish is not None:
                         self._end(member)
                         del waiting[output.request]
@@ -403,6 +413,7 @@ class LLM:
                     index=member.index,
                     logprobs=self._shown(member.request.sampling, member.logprobs),
                     error=member.error,
+                    times=tuple(member.times),
                 )
             )
         first = group.members[0]
@@ -451,12 +462,12 @@ class LLM:
         while group.deltas:
             member, output = group.deltas.popleft()
             if member.finish is None:
-                member.take(output)
+                member.take(output, self._stepped)
                 if member.finish is not None:
                     self._end(member)
 
     def _delta(self, member: _Open, output: Output) -> Delta:
-        text = member.take(output)
+        text = member.take(output, self._stepped)
         if member.finish is not None:
             self._end(member)
         return Delta(
@@ -472,6 +483,7 @@ class LLM:
     def _step(self) -> list[Output]:
         """Step the engine; outputs of open streams wait until their reader asks."""
         outputs = self._engine.step()
+        self._stepped = time.perf_counter()
         for output in outputs:
             if output.request in self._streams:
                 group, member = self._streams[output.request]

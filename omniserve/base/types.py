@@ -63,6 +63,7 @@ class SamplingParams:
     ignore_eos          the model's own end of sequence does not end the request
     include_stop_str_in_output, skip_special_tokens
                         whether the text holds what stopped it, and lacks special tokens
+    detokenize          False: token ids alone, the text stays empty; goes without stop strings
     logprobs            how many of the likeliest tokens are listed beside each produced one (0: it alone); None is off
     prompt_logprobs     the same for the prompt's tokens
     structured_outputs  the form of the text; where nothing may follow any more the answer ends, whatever min_tokens is
@@ -89,6 +90,7 @@ class SamplingParams:
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    detokenize: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -131,7 +133,7 @@ def _check_numbers(params: SamplingParams) -> None:
     )
     need.that(_integer(least) and least >= 0, "min_tokens", "a whole number, 0 or more")
     need.that(most is None or least <= most, "min_tokens", f"at most max_tokens={most}")
-    for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+    for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"):
         need.that(isinstance(getattr(params, name), bool), name, "true or false")
     for name in ("logprobs", "prompt_logprobs"):
         if getattr(params, name) is not None:
@@ -148,6 +150,7 @@ def _check_lists(params: SamplingParams) -> None:
         need.that(all(isinstance(s, str) and s for s in words), name, "a non-empty string or a list of them")
         need.that(len(words) <= count, name, f"at most {count} strings, not {len(words)}")
         longest = max(map(len, words), default=0)
+        need.that(name != "stop" or not words or params.detokenize, name, "empty with detokenize=False")
         need.that(longest <= 256, name, f"strings of at most 256 characters, not {longest}")
     for name, count in (("stop_token_ids", 128), ("allowed_token_ids", 4096)):
         if name == "allowed_token_ids" and params.allowed_token_ids is None:

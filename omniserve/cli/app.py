@@ -11,6 +11,7 @@ from omniserve.cli.answer import generate
 from omniserve.cli.batch import batch
 from omniserve.cli.chat import chat
 from omniserve.cli.convert import convert
+from omniserve.cli.delay import latency
 from omniserve.cli.demo import demo
 from omniserve.cli.doctor import doctor
 from omniserve.cli.fidelity import fidelity
@@ -34,7 +35,7 @@ app = App(
 )
 evaluate = App(name="eval", help="Quality of a model: perplexity, fidelity, needle, ruler, LongBench.")
 sparsity = App(name="sparsity", help="Sparse attention: identify the retrieval heads of a model.")
-bench = App(name="bench", help="Speed: throughput of a model, latencies of a server.")
+bench = App(name="bench", help="Speed: throughput and latency of a model, latencies of a server.")
 app.command(generate)
 app.command(chat)
 app.command(serve)
@@ -55,6 +56,7 @@ evaluate.command(ruler)
 evaluate.command(longbench)
 sparsity.command(identify)
 bench.command(throughput)
+bench.command(latency)
 bench.command(serving)
 
 

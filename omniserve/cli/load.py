@@ -1,6 +1,5 @@
 """`omniserve bench serving`: drawn or recorded traffic against a server that is running."""
 
-import importlib.util
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,13 @@ from omniserve.cli.connection import place
 from omniserve.cli.flags import Common, Whole
 from omniserve.cli.loading import cells
 from omniserve.cli.output import Bars, as_json, say, table, warn
+from omniserve.cli.report import REPORT, check_plot
 
 if TYPE_CHECKING:
     from omniserve.bench.latency import Report
     from omniserve.bench.workload import Planned
 
 TRAFFIC = Group("Traffic", sort_key=0)
-REPORT = Group("Report", sort_key=1)
 PROMPTS = 100
 _LATE_MS = 10.0
 """At the 99th percentile the client may be as late as this before its figures are doubted."""
@@ -186,11 +185,7 @@ def _check(traffic: TrafficFlags, plot: Path | None) -> None:
         raise ConfigError("--burstiness goes with --request-rate")
     if traffic.speedup is not None and traffic.request_rate is not None:
         raise ConfigError("--speedup and --request-rate: give one of the two")
-    if plot is not None:
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ConfigError("--plot needs matplotlib: pip install 'omniserve[eval]'")
-        if plot.suffix != ".png" or not plot.parent.is_dir():
-            raise ConfigError(f"--plot {plot}: must be a file .png in a folder that is there")
+    check_plot(plot)
 
 
 def _flag(name: str) -> str:

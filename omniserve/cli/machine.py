@@ -82,9 +82,15 @@ def disk_free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def gpus() -> list[dict[str, str]]:
-    """Return name, compute capability, driver and memory of each NVIDIA GPU, as the driver's tool tells."""
-    names = ("name", "compute_cap", "driver_version", "memory.total", "memory.free")
+GPU = ("name", "compute_cap", "driver_version", "memory.total", "memory.free")
+"""What doctor tells of a GPU, by the names of the driver's tool."""
+
+CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")
+"""What a benchmark tells besides."""
+
+
+def gpus(names: tuple[str, ...] = GPU) -> list[dict[str, str]]:
+    """Return these facts about each NVIDIA GPU, as the driver's tool tells them."""
     if shutil.which("nvidia-smi") is None:
         return []
     try:
@@ -177,13 +183,14 @@ def facts() -> dict[str, Any]:
 
     from omniserve import __version__
 
-    names = ("torch", "transformers", "numpy")
+    names = ("torch", "triton", "transformers", "numpy")
     return {
         "cpu": cpu(),
         "cores": cores(),
         "threads": torch.get_num_threads(),
         "isa": torch.backends.cpu.get_cpu_capability(),
-        "gpus": [gpu["name"] for gpu in gpus()],
+        "gpus": gpus((*GPU, *CLOCKS)),
+        "cuda": torch.version.cuda,
         "versions": {"omniserve": __version__, "python": platform.python_version()}
         | {name: version(name) for name in names},
     }

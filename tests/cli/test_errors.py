@@ -456,6 +456,7 @@ COMMANDS = {
     "chat": ["-q", "a"],
     "eval perplexity": ["--text", "t.txt"],
     "bench throughput": ["--batch", "1", "--input-len", "4", "--output-len", "2"],
+    "bench latency": ["--input-len", "4", "--output-len", "2"],
 }
 
 

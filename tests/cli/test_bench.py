@@ -1,0 +1,195 @@
+"""Benchmarks of a model: one timed run for each repeat, rows that are kept, suites that go on, comparison, pictures."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from omniserve import LLM, SamplingParams
+from omniserve.base.errors import CapacityError, ConfigError
+from omniserve.bench.results import Results, ratio, read_rows
+from omniserve.bench.throughput import WARM_UP, engine_runner, measure, random_prompts
+from omniserve.cli import cases, speed
+from tests.cli.commands import Ran, check_refusal
+
+Run = Callable[..., Ran]
+TINY = ("--dummy-weights", "--shape", "tiny")
+QSERVE = ("bench", "throughput", "--suite", "qserve", "--input-len", "8", "--output-len", "4", "--repeats", "1")
+LATENCY = ("bench", "latency", "--output-len", "3", "--repeats", "1")
+PNG = b"\x89PNG"
+
+
+def done(ran: Ran) -> Ran:
+    assert ran.code == 0, ran
+    return ran
+
+
+def rows_in(path: Path) -> list[dict[str, Any]]:
+    return [dict(row) for row in read_rows(path)]
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(None, load_format="dummy", shape="tiny", enable_prefix_caching=False, max_num_batched_tokens=64)
+
+
+def test_one_timed_run_for_each_repeat(llm: LLM) -> None:
+    runner, asked = engine_runner(llm), []
+
+    def counted(prompts: Any, count: int) -> Any:
+        asked.append((len(prompts), len(prompts[0]), count))
+        return runner(prompts, count)
+
+    prompts = random_prompts(4, 100, llm.spec.vocab, seed=0)
+    (speed_,) = measure([counted], prompts, 12, repeats=2, step_tokens=64)
+    assert asked == [(4, 32, WARM_UP), (1, 100, 2), (4, 100, 12), (4, 100, 12)]
+    assert [len(tokens) for tokens in speed_.tokens] == [12] * 4
+    assert 0 < speed_.first_seconds <= speed_.prompt_seconds < speed_.total_seconds
+    # four prompts of 100 tokens in steps of 64: the first ones produce while the last ones are read
+    assert 4 < speed_.late < 4 * 11
+    rate = speed_.decode_tokens_per_second
+    assert rate == speed_.late / (speed_.total_seconds - speed_.prompt_seconds)
+
+
+def test_tokens_without_text_and_when_they_came(llm: LLM) -> None:
+    prompts = random_prompts(3, 8, llm.spec.vocab, seed=1)
+    params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True, detokenize=False)
+    bare = [output.outputs[0] for output in llm.generate(prompts, params)]
+    full = [output.outputs[0] for output in llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=5))]
+    assert [output.token_ids for output in bare] == [output.token_ids for output in full]
+    assert {output.text for output in bare} == {""}
+    for output in (*bare, *full):
+        assert len(output.times) == len(output.token_ids)
+        assert list(output.times) == sorted(set(output.times))
+
+
+def test_a_suite_runs_one_model_and_goes_on(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "QSERVE", ("tiny", "llama-2-7b"))
+    loaded: list[tuple[str | None, str]] = []
+    load = cases.load
+
+    def recorded(model: str | None, options: Any, **rest: Any) -> LLM:
+        loaded.append((options.shape, options.precision))
+        if options.shape != "tiny":
+            raise CapacityError("weights of 3.6 GB: the device has 1.0 GB")
+        return load(model, options, **rest)
+
+    monkeypatch.setattr(cases, "load", recorded)
+    path = tmp_path / "bench-qserve.json"
+    found = json.loads(done(run(*QSERVE, "--batch", "2", "--shape", "tiny", "--json")).out)
+    assert [(row["model"], row["batch"], row["status"]) for row in found["rows"]] == [
+        ("tiny (dummy weights)", 2, "measured")
+    ]
+    first = rows_in(path)
+    assert first[0]["configuration"]["precision"]["kv"] == "kv4"
+    assert not first[0]["configuration"]["cache"]["prefix_caching"]
+    assert first[0]["machine"]["versions"]["torch"]
+
+    ran = done(run(*QSERVE, "--batch", "2,1", "--plot", "p.png"))
+    assert loaded == [("tiny", "w4a8kv4")] * 2
+    assert [row["batch"] for row in rows_in(path)] == [2, 1]
+    assert rows_in(path)[0] == first[0]
+    assert "2 of 4 rows were not run" in ran.err
+    assert ran.out.count("not run") == 2
+    assert (tmp_path / "p.png").read_bytes().startswith(PNG)
+
+    ran = done(run(*QSERVE, "--batch", "2,1"))
+    assert loaded[2:] == [("llama-2-7b", "w4a8kv4")]
+    assert ran.out.count("does not fit") == 2
+    assert "not run" not in ran.err
+    ran = done(run(*QSERVE, "--batch", "2,1", "--compare", str(path)))
+    assert len(loaded) == 3
+    assert "against" in ran.out
+
+
+def test_what_does_not_fit_alone_is_a_refusal(run: Run, monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
+    def full(*_: Any, **__: Any) -> LLM:
+        raise CapacityError("it does not fit")
+
+    monkeypatch.setattr(cases, "load", full)
+    check_refusal(run("bench", "throughput", tiny, "--batch", "1"), "it does not fit")
+
+
+def test_latency(run: Run, tmp_path: Path, tiny: Path) -> None:
+    flags = (*LATENCY, tiny, "--input-len", "20,70", "--results", "r.json")
+    found = json.loads(done(run(*flags, "--json", "--plot", "p.png")).out)
+    assert [(row["context"], row["mode"], row["tokens"]) for row in found["rows"]] == [
+        (20, "dense", 3),
+        (70, "dense", 3),
+    ]
+    for row in found["rows"]:
+        assert row["first_token_seconds"] > 0
+        assert 0 < row["token_ms"] <= row["token_p99_ms"]
+    assert (tmp_path / "p.png").read_bytes().startswith(PNG)
+    again = done(run(*flags, "--compare", "r.json"))
+    assert again.out.count("   1") >= 4
+    assert rows_in(tmp_path / "r.json") == [
+        {name: value for name, value in row.items() if "against" not in name} for row in found["rows"]
+    ]
+
+
+def test_the_suite_of_contexts(run: Run, tmp_path: Path) -> None:
+    done(run(*LATENCY, "--suite", "lserve", "--shape", "tiny", "--input-len", "200"))
+    rows = rows_in(tmp_path / "bench-lserve.json")
+    assert [(row["precision"], row["mode"]) for row in rows] == [
+        *(("w4a8kv4 g128", mode) for mode in ("dense", "static", "static-256", "lserve", "lserve+prefill")),
+        ("w8a8kv8", "dense"),
+        ("w16a16kv16", "dense"),
+    ]
+    sparsity = {row["mode"]: row["configuration"]["sparsity"] for row in rows}
+    assert (sparsity["static"]["streaming"], sparsity["static"]["budget"]) == (0.5, None)
+    assert sparsity["static-256"]["prefill_local"] == 256
+    assert sparsity["lserve+prefill"]["prefill_budget"] == 16384
+
+
+def test_results_are_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    results = Results(path, ("a", "b"))
+    results.add({"a": 1, "b": "x", "value": 2.0})
+    results.add({"a": 1, "b": "y", "value": 3.0})
+    results.add({"a": 1, "b": "x", "value": 4.0})
+    again = Results(path, ("a", "b"))
+    assert list(again) == [{"a": 1, "b": "x", "value": 4.0}, {"a": 1, "b": "y", "value": 3.0}]
+    assert again.find({"a": 1, "b": "y"}) == {"a": 1, "b": "y", "value": 3.0}
+    assert again.find({"a": 2, "b": "y"}) is None
+    others = read_rows(path)
+    assert ratio({"a": 1, "b": "y", "value": 6.0}, others, ("a", "b"), "value") == 2
+    assert ratio({"a": 2, "b": "y", "value": 6.0}, others, ("a", "b"), "value") is None
+    with pytest.raises(ConfigError, match="there is no folder"):
+        Results(tmp_path / "nowhere" / "r.json", ("a",))
+
+
+BAD = {
+    "no file": ("nowhere.json", None, "no such file of results"),
+    "no JSON": ("r.json", "{", "is no JSON"),
+    "no rows": ("r.json", '{"rows": 3}', "holds no rows"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_results(case: str, run: Run, tmp_path: Path, tiny: Path) -> None:
+    name, text, words = BAD[case]
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    check_refusal(run("bench", "throughput", tiny, "--compare", name), name, words)
+
+
+REFUSED = {
+    "suite and model": (["throughput", "m", "--suite", "qserve"], ["instead of the model"]),
+    "unknown suite": (["throughput", "--suite", "vllm"], ["vllm", "qserve"]),
+    "peer and results": (["throughput", "m", "--peer", "transformers", "--results", "r.json"], ["--peer transformers"]),
+    "plot": (["throughput", "m", "--plot", "p.jpg"], ["--plot p.jpg", ".png"]),
+    "no model": (["latency"], ["MODEL is missing"]),
+    "length": (["latency", "m", "--input-len", "0"], ["--input-len=0"]),
+    "tokens": (["latency", "m", "--output-len", "0"], ["--output-len=0"]),
+    "sparse suite": (["latency", "--suite", "lserve", "--sparsity", "dynamic"], ["--sparsity dynamic", "leave it out"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case: str, run: Run, tmp_path: Path) -> None:
+    flags, words = REFUSED[case]
+    check_refusal(run("bench", *flags), *words)
+    assert list(tmp_path.iterdir()) == []
