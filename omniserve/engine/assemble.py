@@ -10,6 +10,7 @@ from omniserve.base.config import TILE
 from omniserve.base.numbers import ceil_div
 from omniserve.base.types import PAGE, PageMoves, Step, Work
 from omniserve.ops.batch import Batch, Rows, Workspace
+from omniserve.ops.pages import cut_rows
 from omniserve.ops.transfer import sent
 from omniserve.sparsity.policy import Policy
 
@@ -57,11 +58,13 @@ class Assembler:
 
         slots, positions, prompts int64 [R], on the device. The host looks at nothing: the work can be captured.
         """
+        seq_len = (positions + 1).int()
         rows = Rows(
             cu_q=self._counting(slots.shape[0] + 1),
-            seq_len=(positions + 1).int(),
+            seq_len=seq_len,
             singles=slots.shape[0],
             longest=self.tables[0].shape[1] * PAGE,
+            cuts=cut_rows((seq_len + PAGE - 1) // PAGE),
         )
         return self._batch(self.last_token[slots], positions, slots, slots, prompts, rows, work)
 
@@ -95,12 +98,14 @@ class Assembler:
         tokens, positions, owners, cu_q, seq_len, slots, prompts, drawn, drawers = sent(lists, self._device)
         if plan.drawn:
             tokens[drawn] = self.last_token[drawers]
+        seq_len = seq_len.int()
         rows = Rows(
             cu_q=cu_q.int(),
-            seq_len=seq_len.int(),
+            seq_len=seq_len,
             singles=singles,
             longest=max(plan.seq_len),
             tiles=len(plan.slots) - chunks,
+            cuts=cut_rows((seq_len[:singles] + PAGE - 1) // PAGE) if singles else None,
         )
         batch = self._batch(tokens, positions, owners, slots, prompts, rows, work)
         spans = [sorted(plan.spans[number], key=lambda run: run[0]) for number in range(len(step.works))]

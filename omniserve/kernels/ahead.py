@@ -54,7 +54,7 @@ class Report:
     """What the compiler made of a spec.
 
     matrix  PTX tensor-core instructions with "A=registers" or "A=shared" for wgmma; loops: (instructions, those on
-    tensor cores) of each loop that has some
+    tensor cores) of each innermost loop that has some
     """
 
     registers: int
@@ -138,7 +138,7 @@ def _matrix(ptx: str) -> dict[str, int]:
 
 
 def _loops(sass: str) -> list[tuple[int, int]]:
-    """Return the length of each loop (backward branch) that has a tensor-core instruction, and how many it has."""
+    """Return the length of each innermost loop with a tensor-core instruction, and how many it has."""
     labels: dict[str, int] = {}
     instructions: list[str] = []
     for line in sass.splitlines():
@@ -150,6 +150,8 @@ def _loops(sass: str) -> list[tuple[int, int]]:
     for at, instruction in enumerate(instructions):
         match = re.search(r"BRA\S* .*`\((\.L_x_\d+)\)", instruction)
         if match and labels.get(match.group(1), at) < at:
-            body = instructions[labels[match.group(1)] : at + 1]
-            found.append((len(body), sum("MMA" in one for one in body)))
-    return [loop for loop in found if loop[1]]
+            found.append(range(labels[match.group(1)], at + 1))
+    used = {loop: sum("MMA" in one for one in instructions[loop.start : loop.stop]) for loop in found}
+    loops = [loop for loop in found if used[loop]]
+    inner = [one for one in loops if not any(other != one and other[0] in one and other[-1] in one for other in loops)]
+    return [(len(loop), used[loop]) for loop in inner]

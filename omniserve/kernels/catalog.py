@@ -140,15 +140,16 @@ def _attention(arch: int) -> Iterator[Spec]:
                 sparse = group == 4 and bits == 4
                 kinds = {"listed": sparse, "slots": not sparse, "to": sparse, "window": sparse}
                 home = attention if single else prefill
-                extra = {"split": True} if single else {}
-                flags = home.constants(group, head_dim, bits, **kinds, **extra)
+                flags = home.constants(group, head_dim, bits, **kinds)
                 types = {
                     "q": model, "out": model, "codes": element,
                     "scales": "*fp16", "ids": "*i32", "index": "*i32", "count": "*i32", "slots": "*i64",
-                    "to": "*i64", "cu_q": "*i32", "seq_len": "*i32", "kv_heads": "i32",
+                    "to": "*i64", "seq_len": "*i32", "rows": "i32", "kv_heads": "i32",
                     "q_stride": "i32", "out_stride": "i32", "out_head": "i32", "ids_row": "i32",
                     "ids_head": "i32", "scale": "fp32", "sink": "i32", "local": "i32",
-                } | ({"parts": "*fp32", "norms": "*fp32", "pieces": "i32"} if single else {"rows": "i32"})  # fmt: skip
+                }  # fmt: skip
+                own = {"parts": "*fp32", "norms": "*fp32", "cuts": "*i32", "places": "i32"}
+                types |= own if single else {"cu_q": "*i32"}
                 yield Spec(
                     name=f"attend kv{bits}, {group} heads of {head_dim}, {'produced' if single else 'prompt'}",
                     arch=arch,
@@ -157,8 +158,8 @@ def _attention(arch: int) -> Iterator[Spec]:
                     constants=flags,
                     warps=home.warps_of(flags),
                     stages=home.stages_of(flags),
-                    loose=("rows", "kv_heads", "out_head", "ids_row", "ids_head", "pieces", "sink", "local", "cu_q",
-                           "seq_len", "count"),
+                    loose=("rows", "kv_heads", "out_head", "ids_row", "ids_head", "places", "sink", "local", "cu_q",
+                           "cuts", "seq_len", "count"),
                     matrix=_float(arch, single=single),
                     longest=ATTEND_LOOPS[bits][single],
                     first=arch == 90 and (group, bits) == (4, 4),
@@ -168,14 +169,24 @@ def _attention(arch: int) -> Iterator[Spec]:
         arch=arch,
         kernel=attention.combine_kernel,
         types={
-            "out": model, "parts": "*fp32", "norms": "*fp32", "to": "*i64", "cu_q": "*i32", "pages": "*i32",
-            "out_stride": "i32", "out_head": "i32", "heads": "i32", "pieces": "i32",
+            "out": model, "parts": "*fp32", "norms": "*fp32", "to": "*i64", "pages": "*i32", "cuts": "*i32",
+            "out_stride": "i32", "out_head": "i32", "heads": "i32", "places": "i32",
         },
-        constants={"TO": True, "D": 128, "DP": 128, "PIECE": attention.PIECE},
-        warps=1,
-        loose=("out_head", "heads", "pieces", "cu_q", "pages"),
+        constants=attention.combine_constants(128, listed=False, to=True),
+        warps=4,
+        loose=("out_head", "heads", "places", "pages", "cuts"),
         first=arch == 90,
     )  # fmt: skip
+    yield Spec(
+        name="cut rows",
+        arch=arch,
+        kernel=attention.cut_kernel,
+        types={"pages": "*i32", "cuts": "*i32", "rows": "i32"},
+        constants=attention.cut_constants(),
+        warps=4,
+        loose=("rows", "pages"),
+        first=arch == 90,
+    )
 
 
 def _float(arch: int, *, single: bool) -> str:

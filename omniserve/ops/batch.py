@@ -4,6 +4,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+PIECE = 8
+"""Pages of one part of a produced position's row. Part of the result's bits: it never depends on the batch."""
+
+MOST_PIECES = 256
+"""Parts of a row at most: the pages of a part double until there are no more."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageList:
@@ -53,6 +59,8 @@ class Rows:
     singles  leading rows of produced positions, one token each; a prompt chunk of one token is not among them
     tiles    trailing rows of prompt positions that choose their pages: each begins at a multiple of the tile
     longest  largest seq_len
+    cuts     int32 [singles + 1] or None: `cut_rows` of the pages of all leading rows; None: `attend` makes it itself,
+             in every layer anew
     """
 
     cu_q: Tensor
@@ -60,6 +68,7 @@ class Rows:
     singles: int
     longest: int
     tiles: int = 0
+    cuts: Tensor | None = None
 
     @property
     def count(self) -> int:

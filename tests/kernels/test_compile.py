@@ -12,6 +12,7 @@ KERNELS = {
     "add_norm_kernel",
     "attend_kernel",
     "combine_kernel",
+    "cut_kernel",
     "gemm_kernel",
     "prompt_kernel",
     "quantize_kernel",

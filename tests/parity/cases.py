@@ -269,6 +269,15 @@ def attend() -> Iterator[tuple[str, Args]]:
     yield _attended("two groups in order", torch.randn(4, 6, 32, generator=_generator(4)).half(), groups, rows)
 
 
+def cut_rows() -> Iterator[tuple[str, Args]]:
+    """One row and more than a block of rows, pages about a piece, about the most pieces, and many."""
+    yield "one row", (torch.tensor([20], dtype=torch.int32),)
+    pages = [1, 7, 8, 9, 2047, 2048, 2049, 4096, 4097, 300000]
+    yield "border cases", (torch.tensor(pages, dtype=torch.int32),)
+    many = torch.randint(1, 5000, (1500,), generator=_generator(1), dtype=torch.int32)
+    yield "many rows", (many,)
+
+
 def _streaming(store: LayerPages, table: Tensor, rows: Rows, heads: int) -> tuple[HeadGroup, ...]:
     """Sink and window pages by row, produced positions and prompts apart, heads in another order in the result."""
     reads = []
@@ -308,4 +317,5 @@ CASES: dict[str, Callable[[], Iterator[tuple[str, Args]]]] = {
     "swiglu": swiglu,
     "rope_write": rope_write,
     "attend": attend,
+    "cut_rows": cut_rows,
 }
