@@ -6,7 +6,7 @@ and 8 key heads, D = 128) and SmolLM2-135M (hidden 576, D = 64, groups of 3).
 
 from collections.abc import Iterator
 
-from omniserve.kernels import attention, linear, prefill, rows, write
+from omniserve.kernels import attention, linear, prefill, rows, select, statistics, write
 from omniserve.kernels.ahead import Spec
 from omniserve.kernels.tiles import choose
 
@@ -28,6 +28,9 @@ GEMM_LOOPS = {
 ATTEND_LOOPS = {4: (1900, 1500), 8: (2000, 1750), 16: (900, 480)}
 """SASS instructions of one turn of attention's loop, by bits: of prompts, and of produced positions."""
 
+SCORE_LOOPS = {64: 400, 128: 400, 256: 700}
+"""Budget of the scorer's loop, by head dims."""
+
 
 def specs(arch: int) -> Iterator[Spec]:
     """Yield all specs of a card; `first` are one per kernel on compute capability 9.0, and a product on the others."""
@@ -35,6 +38,7 @@ def specs(arch: int) -> Iterator[Spec]:
     yield from _rows(arch)
     yield from _write(arch)
     yield from _attention(arch)
+    yield from _selection(arch)
 
 
 def _linear(arch: int) -> Iterator[Spec]:
@@ -187,6 +191,57 @@ def _attention(arch: int) -> Iterator[Spec]:
         loose=("rows", "pages"),
         first=arch == 90,
     )
+
+
+def _selection(arch: int) -> Iterator[Spec]:
+    lists = {
+        "table": "*i32", "slots": "*i64", "prompts": "*i64", "seq_len": "*i32", "memo": "*i32", "scores": "*fp32",
+        "ids": "*i32", "index": "*i32", "count": "*i32", "kv_heads": "i32", "table_stride": "i32", "interval": "i32",
+        "budget": "i32", "pages": "i32",
+    }  # fmt: skip
+    loose = ("slots", "prompts", "seq_len", "count", "ids", "index", "memo", "rows", "kv_heads", "table_stride",
+             "interval", "budget", "pages")  # fmt: skip
+    for group, head_dim, pages in ((4, 128, 4096), (3, 64, 128), (8, 256, 16384)):
+        first = arch == 90 and head_dim == 128
+        yield Spec(
+            name=f"scores of pages, {group} heads of {head_dim}",
+            arch=arch,
+            kernel=select.score_kernel,
+            types={"q": "*bf16", "statistics": "*fp16", "q_stride": "i32", **lists},
+            constants=select.score_constants(group, head_dim, 64),
+            warps=select.SCORE_WARPS,
+            stages=select.stages_of(head_dim),
+            loose=loose,
+            matrix=r"mma\S*\.f32\.f16",
+            longest=SCORE_LOOPS[head_dim],
+            first=first,
+        )
+        narrow = select.choose_constants(pages, 64)
+        yield Spec(
+            name=f"choice of {pages} pages",
+            arch=arch,
+            kernel=select.choose_kernel,
+            types={**lists, "rows": "i32"},
+            constants=narrow,
+            warps=select.warps_of(narrow),
+            loose=loose,
+            first=first,
+        )
+        for bits in (4, 8, 16):
+            yield Spec(
+                name=f"statistics kv{bits}, heads of {head_dim}",
+                arch=arch,
+                kernel=statistics.statistics_kernel,
+                types={
+                    "slots": "*i64", "codes": "*bf16" if bits == 16 else "*u8", "scales": "*fp16",
+                    "statistics": "*fp16", "tokens": "i32", "kv_heads": "i32",
+                },
+                constants=statistics.constants(head_dim, bits),
+                warps=statistics.warps_of(head_dim),
+                loose=("slots", "tokens", "kv_heads"),
+                fusion=False,
+                first=first and bits == 4,
+            )  # fmt: skip
 
 
 def _float(arch: int, *, single: bool) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from omniserve.base.types import PAGE
 from omniserve.formats.kv import LARGEST, SMALLEST, STATIC_ZERO, LayerPages
 from omniserve.kernels.device import OUTPUTS, kernel_of, need
+from omniserve.kernels.statistics import note
 from omniserve.ops.pages import rope_write
 from omniserve.ops.rope import Rope
 
@@ -182,10 +183,6 @@ def checked(stores: Sequence[LayerPages], head_dim: int) -> None:
     need(
         head_dim % 8 == 0 and head_dim <= 256, f"heads of {head_dim} dims on a GPU: multiples of 8 up to 256 are there"
     )
-    need(
-        all(store.statistics is None for store in stores),
-        "selecting pages on a GPU: dense and streaming heads are there, statistics of pages are not",
-    )
     need(form.bits < 32, f"{form.name} pages on a GPU: kv4, kv8 and kv16 are there")
     assert all(store.format == form and store.head_dim == head_dim for store in stores), [s.format for s in stores]
 
@@ -235,6 +232,9 @@ def rope_write_triton(
         num_warps=warps_of(group, head_dim),
         enable_fp_fusion=False,
     )
+    for slot, store in zip(slots, stores, strict=True):
+        if store.statistics is not None:
+            note(slot.contiguous(), store)
     return q
 
 

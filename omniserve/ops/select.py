@@ -1,4 +1,4 @@
-"""Choosing pages by statistics: `score_pages` bounds what a page can weigh, `top_pages` takes the best.
+"""Choosing pages by statistics: `select_pages` for produced positions; `score_tiles`, `top_pages` for tiles of prompts.
 
 No key is read: smallest and largest key of each logical page, dim by dim, bound every score of the page.
 """
@@ -6,10 +6,76 @@ No key is read: smallest and largest key of each logical page, dim by dim, bound
 import torch
 from torch import Tensor
 
+from omniserve.base.types import PAGE
 from omniserve.ops.dispatch import operation
+
+Chosen = tuple[Tensor, Tensor, Tensor]
+"""ids and index int32 [R, H, budget + 1], count int32 [R], as in a `PageList`. Places behind `count` hold page 0."""
 
 
 @operation
+def select_pages(
+    q: Tensor,
+    statistics: Tensor,
+    table: Tensor,
+    slots: Tensor,
+    prompts: Tensor,
+    seq_len: Tensor,
+    memo: Tensor,
+    interval: int,
+    longest: int,
+) -> Chosen:
+    """Pages that rows of one produced position read: those that their request chose last, and the one begun since.
+
+    q           [R, G * H, D], rotated; rows of a request are adjacent and ascend by one position
+    statistics  as for `score_pages`
+    table       int32 [slots, max_pages]: physical pages; slots, prompts int64 [R], seq_len int32 [R] as in a `Batch`
+    memo        int32 [slots, H, budget]: what each slot's request chose last; rows that choose write theirs
+    interval    a request chooses at its positions `prompt + n * interval`: page 0, the newest one and those with the
+                best scores; up to `budget` pages it takes all
+    longest     largest seq_len that there may be; sets sizes of scratch alone
+    A row's list depends on its own request and position alone. Which rows choose is known to the device only.
+    """
+    rows, budget = q.shape[0], memo.shape[2]
+    position = seq_len.long() - 1
+    since = (position - prompts) % interval
+    chosen_at = position - since
+    due = (since == 0).nonzero()[:, 0]
+    chosen = memo[slots]
+    row = torch.arange(rows, device=q.device)
+    if due.numel():
+        pages = chosen_at[due] // PAGE + 1
+        width = int(pages.max())
+        scores = score_pages(q[due], statistics, table[slots[due], :width])
+        forced = torch.zeros(due.shape[0], width, dtype=torch.bool, device=q.device)
+        forced[:, 0] = True
+        forced.scatter_(1, pages[:, None] - 1, True)
+        fresh = top_pages(scores, pages, forced, budget)
+        source = row - since
+        here = (source >= 0) & (slots[source.clamp(min=0)] == slots)
+        place = torch.empty_like(row)
+        place[due] = torch.arange(due.shape[0], device=q.device)
+        chosen = torch.where(here[:, None, None], fresh[place[source.clamp(min=0)] * here], chosen)
+        following = (due + interval).clamp(max=rows - 1)
+        last = (due + interval >= rows) | (slots[following] != slots[due])
+        memo[slots[due[last]]] = fresh[last]
+    newest, newest_then = position // PAGE, chosen_at // PAGE
+    kept = (newest_then + 1).clamp(max=budget)
+    # One place more than the memo has, for the page that began since: it follows the chosen ones.
+    index = torch.nn.functional.pad(chosen, (0, 1))
+    places = torch.arange(budget + 1, device=q.device)
+    behind = torch.where(newest > newest_then, newest, 0)[:, None] * (places == kept[:, None])
+    index = torch.where((places < kept[:, None])[:, None], index, behind[:, None]).to(torch.int32)
+    count = (kept + (newest > newest_then)).to(torch.int32)
+    return listed(table[slots], index), index, count
+
+
+def listed(table: Tensor, index: Tensor) -> Tensor:
+    """Return the physical pages, shape of index [R, H, P], of logical pages of sequences with tables [R, max_pages]."""
+    at = index.long().clamp(max=table.shape[1] - 1)
+    return torch.gather(table[:, None].expand(-1, index.shape[1], -1), 2, at)
+
+
 def score_pages(q: Tensor, statistics: Tensor, ids: Tensor) -> Tensor:
     """Upper bound of q·k over each page, the larger over its logical pages and over the G heads that share keys.
 
@@ -23,7 +89,6 @@ def score_pages(q: Tensor, statistics: Tensor, ids: Tensor) -> Tensor:
     return bounds.amax((2, 4))
 
 
-@operation
 def score_tiles(q: Tensor, statistics: Tensor, ids: Tensor, pages: Tensor, scale: float) -> Tensor:
     """Share of the attention that each page may draw from a tile of queries, summed over queries and heads of a group.
 
@@ -51,7 +116,6 @@ def _bounds(q: Tensor, statistics: Tensor, ids: Tensor) -> Tensor:
     return torch.nan_to_num(product, nan=float("inf")).view(rows, kv_heads, -1, ids.shape[1], parts)
 
 
-@operation
 def top_pages(scores: Tensor, pages: Tensor, forced: Tensor, count: int) -> Tensor:
     """Return the logical pages int32 [R, H, count] of the largest scores, in ascending order.
 

@@ -17,7 +17,7 @@ from omniserve.base.numbers import ceil_div
 from omniserve.base.types import PAGE
 from omniserve.ops.batch import Batch, PageList, Reading, Rows, Visible
 from omniserve.ops.pages import PageStore
-from omniserve.ops.select import score_pages, score_tiles, top_pages
+from omniserve.ops.select import listed, score_tiles, select_pages, top_pages
 
 
 class PageSelector:
@@ -60,43 +60,20 @@ class PageSelector:
 
     def _selected(self, layer: int, q: Tensor, store: PageStore, batch: Batch, table: Tensor) -> PageList:
         """Return the pages of the single rows, refreshing the choices that are due and remembering them."""
-        singles, memo = batch.rows.singles, batch.memos[layer]
-        slots, prompts = batch.slots[:singles], batch.prompts[:singles]
-        position = batch.rows.seq_len[:singles].long() - 1
-        since = (position - prompts) % self._interval
-        refreshed = position - since
-        due = (since == 0).nonzero()[:, 0]
-        chosen = memo[slots]
-        if due.numel():
-            fresh = self._choose(q[due], store, table[slots[due]], refreshed[due] // PAGE + 1, memo.shape[2])
-            # The rows of a request are adjacent and ascend by one position, so its refresh row lies `since` rows back.
-            row = torch.arange(singles, device=q.device)
-            source = row - since
-            here = (source >= 0) & (slots[source.clamp(min=0)] == slots)
-            place = torch.empty_like(row)
-            place[due] = torch.arange(due.shape[0], device=q.device)
-            chosen = torch.where(here[:, None, None], fresh[place[source.clamp(min=0)] * here], chosen)
-            following = (due + self._interval).clamp(max=singles - 1)
-            last = (due + self._interval >= singles) | (slots[following] != slots[due])
-            memo[slots[due[last]]] = fresh[last]
-        newest, newest_then = position // PAGE, refreshed // PAGE
-        kept = (newest_then + 1).clamp(max=memo.shape[2])
-        # One place more than the memo has, for the page that began since: it follows the chosen ones.
-        index = torch.cat((chosen, chosen[..., :1]), -1)
-        behind = torch.arange(index.shape[2], device=q.device) == kept[:, None]
-        index = torch.where(behind[:, None], newest[:, None, None].to(torch.int32), index)
-        count = kept + (newest > newest_then)
-        return _listed(table[slots], index, count)
-
-    def _choose(self, q: Tensor, store: PageStore, table: Tensor, pages: Tensor, budget: int) -> Tensor:
-        """Return the chosen logical pages [R, H, budget] of queries [R, G * H, D]; `pages` of them exist."""
-        longest = int(pages.max())
-        assert store.statistics is not None
-        scores = score_pages(q, store.statistics, table[:, :longest])
-        forced = torch.zeros(pages.shape[0], longest, dtype=torch.bool, device=q.device)
-        forced[:, 0] = True
-        forced.scatter_(1, pages[:, None] - 1, True)
-        return top_pages(scores, pages, forced, budget)
+        rows, statistics = slice(batch.rows.singles), store.statistics
+        assert statistics is not None
+        ids, index, count = select_pages(
+            q[rows],
+            statistics,
+            table,
+            batch.slots[rows],
+            batch.prompts[rows],
+            batch.rows.seq_len[rows],
+            batch.memos[layer],
+            self._interval,
+            batch.rows.longest,
+        )
+        return PageList(ids=ids, index=index, count=count, slots=None)
 
     def _tiles(self, q: Tensor, store: PageStore, batch: Batch, table: Tensor) -> Reading:
         """Return what the tiles of prompt positions read: each a list of its own."""
@@ -106,7 +83,7 @@ class PageSelector:
         first, stop = rows.cu_q[span.start : -1].long(), rows.cu_q[span.start + 1 :].long()
         end = rows.seq_len[span.start :].long()
         pages = (end + PAGE - 1) // PAGE
-        longest = int(pages.max())
+        longest = ceil_div(rows.longest, PAGE)
         mine = (end - (stop - first)) // PAGE  # the first page of a tile's own
         of = torch.minimum(first[:, None] + torch.arange(TILE, device=q.device), stop[:, None] - 1)
         ids = table[batch.slots[span.start :], :longest]
@@ -115,8 +92,9 @@ class PageSelector:
         # The tile's own pages are listed in any case, and hold tokens that some of its queries do not see.
         scores = score_tiles(q[of], store.statistics, ids, mine, self._scale)
         chosen = top_pages(scores, pages, (page == 0) | own, min(budget, longest))
-        listed = _listed(table[batch.slots[span.start :]], chosen, pages.clamp(max=budget))
-        return Reading(rows=span, pages=listed, visible=_ALL)
+        count = pages.clamp(max=budget).to(torch.int32)
+        found = listed(table[batch.slots[span.start :]], chosen)
+        return Reading(rows=span, pages=PageList(ids=found, index=chosen, count=count, slots=None), visible=_ALL)
 
 
 _ALL = Visible()
@@ -128,10 +106,3 @@ def whole(table: Tensor, slots: Tensor, rows: Rows, span: range) -> Reading:
     assert rows.longest <= table.shape[1] * PAGE, ceil_div(rows.longest, PAGE)
     count = (rows.seq_len[of] + (PAGE - 1)) // PAGE
     return Reading(rows=span, pages=PageList(ids=table, index=None, count=count, slots=slots[of]), visible=_ALL)
-
-
-def _listed(table: Tensor, index: Tensor, count: Tensor) -> PageList:
-    """Return the list of logical pages index [R, H, P] of sequences with tables [R, max_pages]."""
-    at = index.long().clamp(max=table.shape[1] - 1)
-    ids = torch.gather(table[:, None].expand(-1, index.shape[1], -1), 2, at)
-    return PageList(ids=ids, index=index, count=count.to(torch.int32), slots=None)

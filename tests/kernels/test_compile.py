@@ -11,12 +11,15 @@ from tests.kernels.processes import python
 KERNELS = {
     "add_norm_kernel",
     "attend_kernel",
+    "choose_kernel",
     "combine_kernel",
     "cut_kernel",
     "gemm_kernel",
     "prompt_kernel",
     "quantize_kernel",
     "rope_write_kernel",
+    "score_kernel",
+    "statistics_kernel",
     "sum_kernel",
     "swiglu_kernel",
 }

@@ -145,13 +145,16 @@ def swiglu() -> Iterator[tuple[str, Args]]:
             yield f"{m}x{c} {wants.value} {dtype}", (product, wants, dtype)
 
 
-def _pages(name: KVName, heads: int, dim: int, *, static: bool = False, mean: bool = False) -> LayerPages:
+def _pages(
+    name: KVName, heads: int, dim: int, *, static: bool = False, mean: bool = False, statistics: bool = False
+) -> LayerPages:
     """Six pages per head, full of bytes that nobody wrote."""
     form = kv_format(name, static=static)
     memory = torch.full((6, heads, form.page_bytes(dim)), 0xAB, dtype=torch.uint8)
     scale = torch.rand(2, heads, generator=_generator(heads)) * 0.05 + 0.01 if static else None
     means = torch.randn(heads, dim, generator=_generator(dim)) if mean else None
-    return LayerPages(memory, form, dim, scale, means)
+    bounds = torch.full((6, heads, 4, 2, dim), 7.0, dtype=torch.float16) if statistics else None
+    return LayerPages(memory, form, dim, scale, means, bounds)
 
 
 def rope_write() -> Iterator[tuple[str, Args]]:
@@ -184,6 +187,29 @@ def rope_write() -> Iterator[tuple[str, Args]]:
     qkv = torch.randn(4, 4 + 2 * 2, 64, generator=_generator(5)).half()
     args = (torch.arange(4), [torch.arange(4) + 62], [_pages("kv8", 2, 64)], turns, 4)
     yield "normed heads", (qkv, *args)
+    yield from _bounded(table)
+
+
+def _bounded(table: Tensor) -> Iterator[tuple[str, Args]]:
+    """Statistics: single tokens, whole prompts, a request whose tokens lie apart, keys beyond fp16, old bounds."""
+    # Produced positions 100, 101 of a prompt that ends with 99, before its chunk; another request; nobody.
+    apart = [100, 101, 70, -1, *range(90, 100)]
+    order = {"apart": apart, "prompt": list(range(3, 140)), "tokens": [0, 79, 95, 128, 200], "nobody": [-1, -1]}
+    formats: tuple[tuple[KVName, bool, bool], ...] = (
+        ("kv4", False, True), ("kv8", False, False), ("kv8", True, False), ("kv16", False, True),
+    )  # fmt: skip
+    for number, (name, static, mean) in enumerate(formats):
+        for place, (kind, slots) in enumerate(order.items()):
+            kv, dim = ((1, 2), 64) if (number + place) % 2 else ((2,), 80)
+            total, tokens = sum(kv), len(slots)
+            qkv = torch.randn(tokens, 4 * total, dim, generator=_generator(tokens + dim))
+            qkv[0, 2 * total :] *= 1000 if name == "kv16" else 1e5  # keys beyond fp16 where they can be stored
+            qkv = qkv.to(torch.float16 if name == "kv16" else torch.float32)
+            stores = [_pages(name, h, dim, static=static, mean=mean, statistics=not i) for i, h in enumerate(kv)]
+            turns = Rope(table.view(300, 2, -1)[..., : dim // 2].contiguous())
+            positions = torch.tensor(slots).clamp(min=0)
+            every = [torch.tensor(slots) for _ in kv]
+            yield f"statistics {name}{' static' * static} {kind}", (qkv, positions, every, stores, turns, 2 * total)
 
 
 def _filled(name: KVName, heads: int, dim: int, pages: int, dtype: torch.dtype) -> LayerPages:
@@ -307,6 +333,30 @@ def _attended(name: str, q: Tensor, groups: tuple[HeadGroup, ...], rows: Rows) -
     return name, (q, groups, rows, out, Workspace(out=out), 0.125)
 
 
+def select_pages() -> Iterator[tuple[str, Args]]:
+    """Rows that choose, that keep, that are replayed; ties everywhere; below, at and above the budget; any group."""
+    for number, (budget, interval, group, dim) in enumerate(
+        ((2, 4, 4, 64), (4, 3, 3, 80), (7, 1, 1, 32), (4, 64, 8, 128), (5, 2, 20, 64))
+    ):
+        pages, heads = 37, 2
+        asks = [(0, 500, position) for position in range(505, 512 + 6)]  # replayed, across a page
+        asks += [(1, 100, 100), (2, 2000, 2000), (3, 2000, 2048), (4, 37 * 64 - 9, 37 * 64 - 8)]
+        asks += [(5, 64 * budget - 2, 64 * budget + late) for late in (-1, 0, 1)]
+        slots, prompts, positions = (torch.tensor(column) for column in zip(*asks, strict=True))
+        draw = _generator(number)
+        # Small whole numbers: products are exact in any order, and many scores are equal.
+        q = torch.randint(-2, 3, (len(asks), 2 * heads * group, dim), generator=draw).half()[:, : heads * group]
+        bounds = torch.randint(-4, 5, (7 * pages, heads, 4, 2, dim), generator=draw).sort(3).values.half()
+        bounds[5, 0, 1, 1, 3], bounds[9, 1, 2, 0, 7] = float("inf"), float("-inf")
+        table = torch.randperm(7 * pages, generator=draw).to(torch.int32).view(7, pages)
+        memo = torch.randint(0, 20, (7, heads, budget), generator=draw).sort(2).values.to(torch.int32)
+        longest = int(positions.max()) + 1 if number % 2 else pages * PAGE
+        yield (
+            f"{budget} pages every {interval}, {group} heads of {dim}",
+            (q, bounds, table, slots, prompts, (positions + 1).int(), memo, interval, longest),
+        )
+
+
 CASES: dict[str, Callable[[], Iterator[tuple[str, Args]]]] = {
     "int_matmul": int_matmul,
     "gemm_w16a16": gemm_w16a16,
@@ -318,4 +368,5 @@ CASES: dict[str, Callable[[], Iterator[tuple[str, Args]]]] = {
     "rope_write": rope_write,
     "attend": attend,
     "cut_rows": cut_rows,
+    "select_pages": select_pages,
 }

@@ -18,7 +18,7 @@ from omniserve.ops.dispatch import Operation, force_reference
 
 Args = tuple[Any, ...]
 
-WRITES = {"attend", "rope_write"}
+WRITES = {"attend", "rope_write", "select_pages"}
 """Operations that write into their arguments: every run gets copies."""
 
 ROUNDED = {"add_norm", "swiglu"}
@@ -35,7 +35,10 @@ def rebuilt(value: Any, change: Callable[[Tensor], Tensor], dtype: Callable[[tor
         return type(value)(rebuilt(one, change, dtype) for one in value)
     if isinstance(value, LayerPages):
         given = {name: getattr(value, name) for name in ("pages", "scale", "key_mean")}
-        return dataclasses.replace(value, **{name: change(t) for name, t in given.items() if t is not None})
+        changed = {name: change(t) for name, t in given.items() if t is not None}
+        if value.statistics is not None:  # fp16 is their format, whatever the numbers' precision
+            changed["statistics"] = change(value.statistics).half()
+        return dataclasses.replace(value, **changed)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: rebuilt(getattr(value, f.name), change, dtype) for f in dataclasses.fields(value)}
         return dataclasses.replace(value, **fields)
@@ -83,6 +86,10 @@ def run(function: Callable[..., Any], operation: Operation[..., Any], args: Args
         seen["out"] = args[3]
     if operation.name == "rope_write":
         seen |= {f"pages.{number}": store.pages for number, store in enumerate(args[3])}
+        kept = {f"statistics.{number}": store.statistics for number, store in enumerate(args[3])}
+        seen |= {name: t.view(torch.int16) for name, t in kept.items() if t is not None}
+    if operation.name == "select_pages":
+        seen["memo"] = args[6]
     return seen
 
 

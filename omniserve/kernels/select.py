@@ -1,0 +1,265 @@
+"""`select_pages`: scores of pages from their statistics, split over the sequence, and the choice of the best.
+
+Two launches, whatever the step: rows that keep what they chose copy it in the first and are skipped by the second; rows
+that choose score their pages in the first. Which is which is decided on the device, from positions, so one captured
+graph serves every mixture.
+
+Scores are products on tensor cores: sum over dims of max(q low, q high) = min(q, 0) . low + max(q, 0) . high.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from omniserve.base.numbers import ceil_div
+from omniserve.base.types import PAGE
+from omniserve.kernels.device import kernel_of, need, processors
+from omniserve.ops.select import Chosen, select_pages
+
+BLOCK = 16
+"""Pages that one turn of the scorer takes."""
+
+CROWD = 12
+"""Programs of the scorer per processor: enough to hide the way to memory, few enough to end early at low cost."""
+
+SCORE_WARPS, SCORE_STAGES = 4, 3
+
+LARGEST = 16384
+"""Pages of one sequence, at most: the choice holds them all in registers."""
+
+_PAGE = tl.constexpr(PAGE)
+_PARTS = tl.constexpr(4)
+
+
+@triton.jit
+def _row(slots, prompts, seq_len, row, interval):
+    """Return slot and position of a row, how long ago its request chose, and if the row that chose is in this step."""
+    slot = tl.load(slots + row)
+    position = tl.load(seq_len + row) - 1
+    since = tl.maximum((position - tl.load(prompts + row)) % interval, 0).to(tl.int32)
+    source = row - since
+    here = (source >= 0) & (tl.load(slots + tl.maximum(source, 0)) == slot)
+    return slot, position, since, here
+
+
+@triton.jit
+def score_kernel(
+    q,  # [R, G H, D], rows `q_stride` apart
+    statistics,  # fp16 [pages, H, 4, 2, D]
+    table,  # int32 [slots, ...], rows `table_stride` apart
+    slots,  # int64 [R]
+    prompts,  # int64 [R]
+    seq_len,  # int32 [R]
+    memo,  # int32 [slots, H, budget]
+    scores,  # fp32 [R, H, pages]
+    ids,  # int32 [R, H, budget + 1]
+    index,
+    count,  # int32 [R]
+    kv_heads,
+    q_stride,
+    table_stride,
+    interval,
+    budget,
+    pages,
+    G: tl.constexpr,
+    GP: tl.constexpr,  # G, padded to the rows of a product
+    D: tl.constexpr,
+    DP: tl.constexpr,  # D, rounded up to a power of two
+    LP: tl.constexpr,  # budget + 1, rounded up to a power of two
+    BLOCK: tl.constexpr,
+):
+    """A share of one row's pages for one key head; or the list of a row that keeps what it chose."""
+    split = tl.program_id(0)
+    head = tl.program_id(1)
+    row = tl.program_id(2)
+    slot, position, since, here = _row(slots, prompts, seq_len, row, interval)
+    newest = position // _PAGE
+    existing = (position - since) // _PAGE + 1  # pages at the position that chose
+    spot = row.to(tl.int64) * kv_heads + head
+    if (since > 0) & (split == 0) & (here == 0):
+        place = tl.arange(0, LP)
+        kept = tl.minimum(existing, budget)
+        chosen = tl.load(memo + (slot * kv_heads + head) * budget + place, mask=place < kept, other=0)
+        chosen = tl.where((place == kept) & (newest >= existing), newest, chosen)
+        listed = spot * (budget + 1) + place
+        tl.store(index + listed, chosen, mask=place <= budget)
+        tl.store(
+            ids + listed, tl.load(table + slot * table_stride + chosen, mask=place <= budget), mask=place <= budget
+        )
+        if head == 0:
+            tl.store(count + row, kept + (newest >= existing).to(tl.int32))
+    if (since > 0) | (existing <= budget):
+        return
+    group = tl.arange(0, GP)
+    at = tl.arange(0, DP)
+    asked = q + row.to(tl.int64) * q_stride + (head * G + group)[None, :] * D + at[:, None]
+    query = tl.load(asked, mask=(group < G)[None, :] & (at < D)[:, None], other=0.0).to(tl.float16)
+    below, above = tl.minimum(query, 0.0).to(tl.float16), tl.maximum(query, 0.0).to(tl.float16)
+    line = tl.arange(0, BLOCK * _PARTS)
+    for block in range(split, tl.cdiv(existing, BLOCK), tl.num_programs(0)):
+        page = block * BLOCK + line // _PARTS
+        physical = tl.load(table + slot * table_stride + page, mask=page < existing, other=0)
+        found = (tl.maximum(physical, 0).to(tl.int64) * kv_heads + head) * _PARTS + line % _PARTS
+        bounds = statistics + found[:, None] * (2 * D) + at[None, :]
+        if D == DP:
+            low, high = tl.load(bounds), tl.load(bounds + D)
+        else:
+            low = tl.load(bounds, mask=(at < D)[None, :], other=0.0)
+            high = tl.load(bounds + D, mask=(at < D)[None, :], other=0.0)
+        score = tl.dot(low, below)
+        score = tl.dot(high, above, score)
+        # A key beyond fp16 makes its bound infinite, and 0 * inf is no number: such a page is always attractive.
+        score = tl.where(score == score, score, float("inf"))
+        score = tl.where((group < G)[None, :], score, float("-inf"))
+        best = tl.max(tl.reshape(tl.max(score, 1), (BLOCK, _PARTS)), 1)
+        page = block * BLOCK + tl.arange(0, BLOCK)
+        tl.store(scores + spot * pages + page, best, mask=page < existing)
+
+
+@triton.jit
+def choose_kernel(
+    table,
+    slots,
+    prompts,
+    seq_len,
+    memo,
+    scores,
+    ids,
+    index,
+    count,
+    rows,
+    kv_heads,
+    table_stride,
+    interval,
+    budget,
+    pages,
+    LP: tl.constexpr,
+    WIDE: tl.constexpr,  # pages, rounded up to a power of two
+):
+    """The list of a row for one key head, from the scores of the row that chose: itself, or one before it."""
+    head = tl.program_id(0)
+    row = tl.program_id(1)
+    slot, position, since, here = _row(slots, prompts, seq_len, row, interval)
+    if (since > 0) & (here == 0):
+        return
+    newest = position // _PAGE
+    existing = (position - since) // _PAGE + 1
+    listed = (row.to(tl.int64) * kv_heads + head) * (budget + 1)
+    remembered = (slot * kv_heads + head) * budget
+    # The next refresh of the same request, if this step holds it, is the one to remember.
+    following = row + interval
+    next_slot = tl.load(slots + tl.minimum(following, rows - 1))
+    last = (since == 0) & ((following >= rows) | (next_slot != slot))
+    grown = (newest >= existing).to(tl.int32)
+    kept = tl.minimum(existing, budget)
+    if head == 0:
+        tl.store(count + row, kept + grown)
+    addresses = table + slot * table_stride
+    if existing <= budget:
+        place = tl.arange(0, LP)
+        tl.store(memo + remembered + place, place, mask=last & (place < budget))
+        chosen = tl.where(place < existing + grown, place, 0)  # the page that began since follows the others
+        tl.store(index + listed + place, chosen, mask=place <= budget)
+        physical = tl.load(addresses + chosen, mask=place <= budget, other=0)
+        tl.store(ids + listed + place, physical, mask=place <= budget)
+        return
+    page = tl.arange(0, WIDE)
+    forced = (page == 0) | (page == existing - 1)
+    open_ = (page < existing) & (forced == 0)
+    spot = ((row - since).to(tl.int64) * kv_heads + head) * pages
+    score = tl.load(scores + spot + page, mask=open_, other=float("-inf"))
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # ordered like the scores
+    wanted = budget - 2
+    key = tl.where(open_, key, -2147483648)
+    # At least `wanted` keys are not below `least`, fewer are not below `most`.
+    least = tl.min(tl.where(open_, key, 0x7FFFFFFF), 0).to(tl.int64)
+    most = tl.max(key, 0).to(tl.int64) + 1
+    while most - least > 1:
+        middle = (least + most) // 2
+        many = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), 0)
+        if many >= wanted:
+            least = middle
+        else:
+            most = middle
+        if many == wanted:
+            most = least + 1
+    border = least.to(tl.int32)
+    sure = forced | (open_ & (key > border))
+    equal = open_ & (key == border)
+    room = budget - tl.sum(sure.to(tl.int32), 0)  # for those that equal the last one: the first of them
+    before = tl.cumsum(sure.to(tl.int32) + (equal.to(tl.int32) << 16), 0)
+    taken = sure | (equal & ((before >> 16) <= room))
+    place = (before & 0xFFFF) + tl.minimum(before >> 16, room) - 1
+    tl.store(index + listed + place, page, mask=taken)
+    tl.store(ids + listed + place, tl.load(addresses + page, mask=taken, other=0), mask=taken)
+    tl.store(memo + remembered + place, page, mask=taken & last)
+    behind = newest * grown
+    tl.store(index + listed + budget, behind)
+    tl.store(ids + listed + budget, tl.load(addresses + behind))
+
+
+@kernel_of(select_pages)
+def select_pages_triton(
+    q: Tensor,
+    statistics: Tensor,
+    table: Tensor,
+    slots: Tensor,
+    prompts: Tensor,
+    seq_len: Tensor,
+    memo: Tensor,
+    interval: int,
+    longest: int,
+) -> Chosen:
+    """Two launches; the second does nothing for rows that keep what they chose."""
+    rows, heads, head_dim = q.shape
+    kv_heads, budget = memo.shape[1:]
+    need(
+        q.dtype in (torch.float16, torch.bfloat16),
+        f"selecting pages for {q.dtype} on a GPU: float16 and bfloat16 are there",
+    )
+    pages = ceil_div(longest, PAGE)
+    need(pages <= LARGEST, f"selecting among {pages} pages on a GPU: up to {LARGEST} are there")
+    assert q.stride()[1:] == (head_dim, 1) and statistics.is_contiguous() and memo.is_contiguous(), q.stride()
+    assert table.stride(1) == 1 and budget >= 1, (table.stride(), budget)
+    ids = torch.empty(rows, kv_heads, budget + 1, dtype=torch.int32, device=q.device)
+    index, count = torch.empty_like(ids), torch.empty(rows, dtype=torch.int32, device=q.device)
+    scores = torch.empty(rows, kv_heads, pages, dtype=torch.float32, device=q.device)
+    slots, prompts, seq_len = slots.contiguous(), prompts.contiguous(), seq_len.contiguous()
+    wide = score_constants(heads // kv_heads, head_dim, budget)
+    splits = min(ceil_div(pages, BLOCK), max(1, ceil_div(CROWD * processors(), rows * kv_heads)))
+    score_kernel[(splits, kv_heads, rows)](
+        q, statistics, table, slots, prompts, seq_len, memo, scores, ids, index, count, kv_heads, q.stride(0),
+        table.stride(0), interval, budget, pages, **wide, num_warps=SCORE_WARPS,
+        num_stages=stages_of(head_dim),
+    )  # fmt: skip
+    narrow = choose_constants(pages, budget)
+    choose_kernel[(kv_heads, rows)](
+        table, slots, prompts, seq_len, memo, scores, ids, index, count, rows, kv_heads, table.stride(0), interval,
+        budget, pages, **narrow, num_warps=warps_of(narrow),
+    )  # fmt: skip
+    return ids, index, count
+
+
+def score_constants(group: int, head_dim: int, budget: int) -> dict[str, int]:
+    """Return what `score_kernel` is compiled for."""
+    return {
+        "G": group, "GP": max(16, triton.next_power_of_2(group)), "D": head_dim,
+        "DP": max(16, triton.next_power_of_2(head_dim)), "LP": triton.next_power_of_2(budget + 1), "BLOCK": BLOCK,
+    }  # fmt: skip
+
+
+def stages_of(head_dim: int) -> int:
+    """Return how many turns of the scorer are on their way: fewer where they are large."""
+    return SCORE_STAGES if head_dim <= 128 else 2
+
+
+def choose_constants(pages: int, budget: int) -> dict[str, int]:
+    """Return what `choose_kernel` is compiled for."""
+    return {"LP": triton.next_power_of_2(budget + 1), "WIDE": triton.next_power_of_2(pages)}
+
+
+def warps_of(narrow: dict[str, int]) -> int:
+    """Return the warps of a choice: up to 16 pages per thread."""
+    return min(16, max(1, narrow["WIDE"] // 256))
