@@ -17,6 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import __file__ as _nvidia
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from omniserve.kernels.device import SHARED_BYTES
 
@@ -72,7 +73,7 @@ def compile_spec(spec: Spec) -> Report:
     assert set(names) == set(spec.types) | set(spec.constants), set(names) ^ (set(spec.types) | set(spec.constants))
     signature = {name: spec.types.get(name, "constexpr") for name in names}
     whole = [name for name, kind in spec.types.items() if kind[0] in "*i" and name not in spec.loose]
-    source = ASTSource(
+    source = (GluonASTSource if isinstance(spec.kernel, GluonJITFunction) else ASTSource)(
         fn=spec.kernel,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in spec.constants.items()},
@@ -153,5 +154,10 @@ def _loops(sass: str) -> list[tuple[int, int]]:
             found.append(range(labels[match.group(1)], at + 1))
     used = {loop: sum("MMA" in one for one in instructions[loop.start : loop.stop]) for loop in found}
     loops = [loop for loop in found if used[loop]]
-    inner = [one for one in loops if not any(other != one and other[0] in one and other[-1] in one for other in loops)]
+    inner = [one for one in loops if not any(_outer(one, other) for other in loops)]
     return [(len(loop), used[loop]) for loop in inner]
+
+
+def _outer(one: range, other: range) -> bool:
+    """True if a loop holds another, or is the way back from a wait that the compiler moved out of another."""
+    return (other != one and other[0] in one and other[-1] in one) or (other[0] < one[0] <= other[-1] < one[-1])

@@ -6,9 +6,9 @@ and 8 key heads, D = 128) and SmolLM2-135M (hidden 576, D = 64, groups of 3).
 
 from collections.abc import Iterator
 
-from omniserve.kernels import attention, linear, prefill, rows, select, statistics, write
+from omniserve.kernels import attention, hopper, linear, prefill, rows, select, statistics, write
 from omniserve.kernels.ahead import Spec
-from omniserve.kernels.tiles import choose
+from omniserve.kernels.tiles import Tile, choose, default
 
 ARCHITECTURES = (80, 86, 89, 90)
 """Compute capabilities times ten."""
@@ -23,6 +23,10 @@ GEMM_LOOPS = {
     "w8a8": {16: (140, 105), 64: (120, 165), 128: (90, 170), 2048: (90, 170)},
 }
 """SASS instructions of one turn of each product's loop, by tokens: on compute capability 9.0, and on the others."""
+
+
+GLUON_LOOPS = {"g128": 200, "row": 115, "w8a8": 60}
+"""The same of the kernel for compute capability 9.0."""
 
 
 ATTEND_LOOPS = {4: (1900, 1500), 8: (2000, 1750), 16: (900, 480)}
@@ -50,6 +54,9 @@ def _linear(arch: int) -> Iterator[Spec]:
     for name, bits, grouped, zero in kinds:
         for tokens, n, k in ((16, 4096, 14336), (64, 4096, 14336), (128, 4096, 4096), (2048, 28672, 4096)):
             tile = choose(tokens, n, k, name, arch=arch, sms=SMS[arch])
+            if tile.language == "gluon":
+                yield _gluon(tile, name, tokens, n, k)
+                tile = default(tokens, n, k, name, arch=arch, sms=SMS[arch])
             split = tile.split > 1
             yield Spec(
                 name=f"gemm {name} {tokens}x{n}x{k}",
@@ -75,6 +82,29 @@ def _linear(arch: int) -> Iterator[Spec]:
         loose=("M",),
         fusion=False,
         first=arch == 90,
+    )
+
+
+def _gluon(tile: Tile, kind: str, tokens: int, n: int, k: int) -> Spec:
+    """Return the launch of a product on compute capability 9.0 with both of its groups of warps."""
+    bits, grouped = 8 if kind == "w8a8" else 4, kind == "g128"
+    pointers = {"a": "*fp32", "total": "*i32", "scale": "*fp32", "zero": "*fp32", "bias": "*fp32", "sums": "*i32"}
+    return Spec(
+        name=f"gluon gemm {kind} {tokens}x{n}x{k}",
+        arch=90,
+        kernel=hopper.hopper_kernel,
+        types=hopper.boxes(tile, "bf16", bits=bits)
+        | pointers
+        | {"flags": "*i32", "M": "i32", "N": "i32", "blocks": "i32"},
+        constants=hopper.constants(
+            tile, bits=bits, grouped=grouped, zero=kind == "row", bias=False, stream=tile.split > 1
+        ),
+        warps=4,
+        loose=("M", "N", "blocks"),
+        fusion=False,
+        matrix=_int8(90, packed=bits == 4),
+        longest=GLUON_LOOPS[kind],
+        first=tokens == 2048 and kind == "row",
     )
 
 

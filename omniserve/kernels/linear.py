@@ -18,7 +18,13 @@ from omniserve.formats.blocks import BLOCK_BYTES, SIDE
 from omniserve.formats.w4a8 import gemm_w4a8_blocks
 from omniserve.formats.w8a8 import gemm_w8a8
 from omniserve.kernels.device import INTERPRETED, OUTPUTS, architecture, kernel_of, need, processors
-from omniserve.kernels.tiles import Tile, choose
+from omniserve.kernels.tiles import Tile, choose, default
+
+GLUON = ("3.6.0",)
+"""Triton versions whose Gluon `hopper.py` was tested with; under others its tiles give way to defaults."""
+
+if triton.__version__ in GLUON:
+    from omniserve.kernels import hopper
 
 LONGEST = 2**31 // (128 * 128)
 """Columns whose sums of int8 products stay inside int32."""
@@ -83,7 +89,7 @@ def _epilogue(acc, a, total, scale, zero, bias, ZERO: tl.constexpr, BIAS: tl.con
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "blocks", "each"])
 def gemm_kernel(
     x,  # int8 [M, K], rows `x_stride` apart
     a,  # fp32 [M]
@@ -194,7 +200,7 @@ def gemm_kernel(
         tl.store(y + place, value.to(y.dtype.element_ty), mask=inside_y)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def sum_kernel(
     sums,  # int32 [SPLIT, M, N]
     a,
@@ -237,7 +243,7 @@ def constants(tile: Tile, *, bits: int, grouped: bool, zero: bool, bias: bool, e
     """Return what `gemm_kernel` is compiled for."""
     return {
         "BITS": bits, "GROUPED": grouped, "ZERO": zero, "BIAS": bias, "EVEN": even, "SPLIT": tile.split,
-        "TOGETHER": 8, "BM": tile.tokens, "BN": tile.weights, "STEP": tile.step,
+        "TOGETHER": tile.order, "BM": tile.tokens, "BN": tile.weights, "STEP": tile.step,
         "BYTES": BLOCK_BYTES if grouped else BLOCK_BYTES - 2 * SIDE, "ASM": not INTERPRETED,
     }  # fmt: skip
 
@@ -274,6 +280,14 @@ def product(
     grouped = bits == 4 and w.shape[2] == BLOCK_BYTES
     kind = "w8a8" if bits == 8 else "g128" if grouped else "row"
     tile = tile or choose(m, n, k, kind, arch=architecture(), sms=processors())
+    if tile.language == "gluon":
+        if triton.__version__ in GLUON and not INTERPRETED and hopper.serves(k, n, dtype):
+            hopper.launch(
+                x, av, tv, w, sv, zv, bv, y, tile,
+                bits=bits, grouped=grouped, has_zero=zero is not None, has_bias=bias is not None, sms=processors(),
+            )  # fmt: skip
+            return y
+        tile = default(m, n, k, kind, arch=architecture(), sms=processors())
     flags = constants(
         tile, bits=bits, grouped=grouped, zero=zero is not None, bias=bias is not None, even=k % SIDE == 0
     )

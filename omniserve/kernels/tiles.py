@@ -27,7 +27,9 @@ KINDS = ("row", "g128", "w8a8")
 class Tile:
     """How one product is cut: BM tokens by BN weights, `step` blocks of 128 columns per turn of the loop.
 
-    split  parts of K that are added up afterwards
+    split     parts of K that are added up afterwards; gluon: above 1, tiles that do not fill the grid are shared
+    language  "triton", or "gluon" (compute capability 9.0, tested versions of Triton)
+    order     tiles of tokens that follow each other on one panel of weights
     """
 
     tokens: int
@@ -36,6 +38,8 @@ class Tile:
     warps: int
     stages: int
     split: int = 1
+    language: str = "triton"
+    order: int = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,8 @@ def nearest(entries: Sequence[Entry], tokens: int, rows: int, columns: int) -> E
 
 def fitting(tile: Tile, columns: int) -> Tile:
     """Return a tile whose turns and parts fit a number of columns."""
+    if tile.language == "gluon":
+        return tile
     blocks = ceil_div(columns, SIDE)
     tile = replace(tile, split=min(tile.split, blocks))
     whole = ceil_div(blocks, tile.split) % tile.step == 0 and blocks % tile.step == 0

@@ -78,6 +78,24 @@ def tiles(device: str) -> int:
     return failed
 
 
+def languages() -> int:
+    """On a GPU: all tiles that the tuner would try, of both kernels, give the same bits, launch after launch."""
+    from omniserve.kernels.device import architecture, processors
+    from omniserve.kernels.tiles import KINDS
+    from omniserve.kernels.tune import Problem, candidates, weights
+
+    failed = 0
+    for kind in KINDS:
+        for m, n, k in ((5, 384, 512), (40, 4096, 1024), (130, 4096, 4096), (1100, 3200, 640)):
+            problem, w = Problem(kind, m, n, k), weights(kind, n, k)
+            first, *others = candidates(kind, m, n, k, architecture(), processors())
+            expected = problem(w, first)
+            wrong = [str(tile) for tile in others * 3 if not torch.equal(problem(w, tile), expected)]
+            failed += bool(wrong)
+            print(f"{'FAILED' if wrong else 'ok'} languages: {kind} {m}x{n}x{k}", *wrong, sep="; ", flush=True)
+    return failed
+
+
 def alone(device: str) -> int:
     """A produced position attends to the same bits alone as among others, whatever their lengths."""
     failed = 0
@@ -118,4 +136,6 @@ if __name__ == "__main__":
         at = chosen.index("--device")
         where = chosen[at + 1]
         del chosen[at : at + 2]
-    sys.exit(1 if main(chosen, where) + (0 if chosen else tiles(where) + alone(where)) else 0)
+    wrong = main(chosen, where) + (0 if chosen else tiles(where) + alone(where))
+    wrong += languages() if where == "cuda" and not chosen else 0
+    sys.exit(1 if wrong else 0)

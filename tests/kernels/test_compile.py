@@ -15,6 +15,7 @@ KERNELS = {
     "combine_kernel",
     "cut_kernel",
     "gemm_kernel",
+    "hopper_kernel",
     "prompt_kernel",
     "quantize_kernel",
     "rope_write_kernel",
@@ -48,7 +49,7 @@ def test_one_launch_of_every_kernel(arch: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("arch", [80, 86, 89, 90])
 def test_every_launch(arch: int, tmp_path: Path) -> None:
     found = built(arch, "all", tmp_path)
-    assert {one["kernel"] for one in found} == KERNELS
+    assert {one["kernel"] for one in found} == (KERNELS if arch == 90 else KERNELS - {"hopper_kernel"})
     assert wrong(found) == []
 
 
