@@ -16,6 +16,7 @@ from omniserve.cli.demo import demo
 from omniserve.cli.doctor import doctor
 from omniserve.cli.fidelity import fidelity
 from omniserve.cli.flags import Common, with_dashes
+from omniserve.cli.kernels import kernels
 from omniserve.cli.load import serving
 from omniserve.cli.lserve import translated
 from omniserve.cli.quality import perplexity
@@ -35,7 +36,7 @@ app = App(
 )
 evaluate = App(name="eval", help="Quality of a model: perplexity, fidelity, needle, ruler, LongBench.")
 sparsity = App(name="sparsity", help="Sparse attention: identify the retrieval heads of a model.")
-bench = App(name="bench", help="Speed: throughput and latency of a model, latencies of a server.")
+bench = App(name="bench", help="Speed: throughput and latency of a model, kernels of a GPU, latencies of a server.")
 app.command(generate)
 app.command(chat)
 app.command(serve)
@@ -57,6 +58,7 @@ evaluate.command(longbench)
 sparsity.command(identify)
 bench.command(throughput)
 bench.command(latency)
+bench.command(kernels)
 bench.command(serving)
 
 

@@ -73,6 +73,7 @@ def _report(options: Options) -> dict[str, Any]:
         "torch_isa": None,
         "int8": None,
         "implementations": {},
+        "cuda": None,
         "kernels": None,
         "problem": None,
     }
@@ -84,8 +85,8 @@ def _report(options: Options) -> dict[str, Any]:
         return report
     report["threads"] = torch.get_num_threads()
     report["torch_isa"] = torch.backends.cpu.get_cpu_capability()
-    report["torch_cuda"] = torch.version.cuda
-    devices = ["cpu", *(["cuda"] if report["gpus"] and torch.version.cuda else [])]
+    report["cuda"] = machine.cuda()
+    devices = ["cpu", *(["cuda"] if report["cuda"]["problem"] is None else [])]
     report["int8"] = machine.int8_self_test()
     reference = options.backend == "reference"
     report["implementations"] = {device: machine.implementations(device, reference=reference) for device in devices}
@@ -107,7 +108,8 @@ def _lines(report: dict[str, Any]) -> list[str]:
         *_int8(report["int8"]),
         f"memory      {human_bytes(report['memory_bytes'])}, {human_bytes(report['memory_available_bytes'])} available",
         *(f"disk        {human_bytes(free)} free for {path}" for path, free in report["disk_free_bytes"].items()),
-        *(f"gpu         {', '.join(gpu.values())}" for gpu in report["gpus"] or [{"name": "none found"}]),
+        *(f"gpu         {_gpu(gpu)}" for gpu in report["gpus"]),
+        *_cuda(report["cuda"], found=bool(report["gpus"])),
         f"packages    {', '.join(installed)}",
         f"not there   {', '.join(missing) or 'nothing'}",
     ]
@@ -126,6 +128,27 @@ def _lines(report: dict[str, Any]) -> list[str]:
     if report["problem"]:
         lines.append(f"problem     {report['problem']}")
     return lines
+
+
+def _gpu(gpu: dict[str, str]) -> str:
+    return (
+        f"{gpu['name']}, compute capability {gpu['compute_cap']}, driver {gpu['driver_version']}, "
+        f"{gpu['memory.total']}, {gpu['memory.free']} free"
+    )
+
+
+def _cuda(cuda: dict[str, Any] | None, *, found: bool) -> list[str]:
+    """Return the lines about what serves on a GPU, or why none does."""
+    if cuda is None:
+        return []
+    if cuda["problem"] is not None:
+        return [f"cuda        {'not used' if found else 'no GPU found'}: {cuda['problem']}"]
+    measured = " and ".join(cuda["tables"]) or "no card of its kind: defaults, `omniserve bench kernels` tells how fast"
+    return [
+        f"cuda        torch built for CUDA {cuda['built_for']}; {cuda['device']}, {cuda['processors']} multiprocessors",
+        f"tables      products are cut as measured on {measured}",
+        f"cache       compiled kernels in {cuda['cache']['folder']}, {human_bytes(cuda['cache']['bytes'])}",
+    ]
 
 
 def _kernels(kernels: dict[str, Any], *, here: bool) -> list[str]:

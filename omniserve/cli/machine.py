@@ -152,6 +152,38 @@ def kernels() -> dict[str, Any]:
     return {"needs": " and ".join(needs), "operations": {name: one.name for name, one in best.items()}, "problem": None}
 
 
+def cuda() -> dict[str, Any]:
+    """Return what torch and the kernels make of the GPU here. Imports torch, and Triton where there is a GPU.
+
+    problem  why no kernel runs here, or None; tables: measured tables by which products are cut on this card
+    cache    folder of the compiled kernels, and its bytes
+    """
+    import torch
+
+    from omniserve.engine.device import gpu_problem
+
+    found: dict[str, Any] = {"built_for": torch.version.cuda, "problem": gpu_problem()}
+    if found["problem"] is not None:
+        return found
+    from omniserve.kernels.device import architecture, processors
+    from omniserve.kernels.tiles import tables
+
+    folder = _kernel_cache()
+    found |= {
+        "device": torch.cuda.get_device_name(),
+        "capability": architecture() / 10,
+        "processors": processors(),
+        "tables": tables(architecture()),
+        "cache": {"folder": str(folder), "bytes": sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())},
+    }
+    return found
+
+
+def _kernel_cache() -> Path:
+    """Return the folder where Triton keeps what it compiled."""
+    return Path(importlib.import_module("triton").knobs.cache.dir)
+
+
 def _register() -> None:
     """Import every module that has operations."""
     from omniserve import formats, ops

@@ -25,7 +25,7 @@ def find_device(options: Options) -> Device:
     """Return the device to run on: `auto` is a GPU that the kernels run on, else the CPU. Raises ConfigError."""
     if options.device == "cpu":
         return _cpu()
-    problem = _problem()
+    problem = gpu_problem()
     if problem is None:
         free, total = torch.cuda.mem_get_info()
         used = total - free
@@ -44,7 +44,7 @@ def _cpu() -> Device:
     return Device(kind="cpu", memory_bytes=free // 2, total_bytes=free)
 
 
-def _problem() -> str | None:
+def gpu_problem() -> str | None:
     """Return why there is no GPU to run on, or None."""
     if torch.version.cuda is None:
         return f"this torch ({torch.__version__}) is a build without CUDA: install a CUDA build of torch"

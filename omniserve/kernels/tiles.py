@@ -65,6 +65,11 @@ def table(arch: int) -> tuple[Entry, ...]:
     return tuple(found)
 
 
+def tables(arch: int) -> list[str]:
+    """Return the names of the tables that were measured on cards of a compute capability (times ten)."""
+    return [path.stem for path in sorted(TABLES.glob("*.json")) if json.loads(path.read_text())["arch"] == arch]
+
+
 def entry_of(held: dict[str, Any]) -> Entry:
     """Return one entry of a table's file."""
     return Entry(**(held | {"tile": Tile(**held["tile"])}))

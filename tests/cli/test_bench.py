@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from omniserve import LLM, SamplingParams
 from omniserve.base.errors import CapacityError, ConfigError
+from omniserve.bench.kernels.cases import Sizes
 from omniserve.bench.results import Results, ratio, read_rows
 from omniserve.bench.throughput import WARM_UP, engine_runner, measure, random_prompts
 from omniserve.cli import cases, speed
@@ -144,6 +146,53 @@ def test_the_suite_of_contexts(run: Run, tmp_path: Path) -> None:
     assert sparsity["lserve+prefill"]["prefill_budget"] == 16384
 
 
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU is played by the CPU: references at tiny sizes, ten microseconds each."""
+    from omniserve.bench.kernels import run as kernels_run
+    from omniserve.cli import kernels as command
+
+    sizes = Sizes(
+        spec=kernels_run.spec_of("tiny"),
+        device=torch.device("cpu"),
+        dtype=torch.float16,
+        tokens=(2,),
+        decode=((2, 70),),
+        prompts=((5, 70, None),),
+    )
+    monkeypatch.setattr(command, "_need_gpu", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr("omniserve.bench.kernels.cases.COLD", 1.0)
+    monkeypatch.setattr(kernels_run, "gpu_sizes", lambda shape, dtype, tokens: sizes)
+    monkeypatch.setattr(kernels_run, "microseconds", lambda calls, replays: 10.0)
+
+
+KERNELS = ("bench", "kernels", "--tokens", "2", "--jobs", "1", "--results", "k.json")
+
+
+@pytest.mark.usefixtures("card")
+def test_kernels(run: Run, tmp_path: Path) -> None:
+    found = json.loads(done(run(*KERNELS, "--json", "--plot", "p.png")).out)
+    rows = {(row["kind"], row["name"]): row for row in found["rows"]}
+    product = rows["gemm", "w4a8-g128 qkv"]
+    assert (product["us"], product["ok"], product["share"]) == (10.0, True, product["limit_us"] / 10)
+    assert product["peers"]["16 bit"] == {"us": 10.0, "ratio": 1.0}
+    assert rows["step", "w4a8-g128 kv4"]["us"] == 10 * (32 * 9 + 2)
+    assert (tmp_path / "p.png").read_bytes().startswith(PNG)
+    again = done(run(*KERNELS, "--compare", "k.json", "--only", "decode kv4"))
+    assert "decode kv4" in again.out
+    assert "against" in again.out
+    check_refusal(run("bench", "kernels", "--only", "nothing", "--jobs", "1"), "--only nothing")
+
+
+@pytest.mark.usefixtures("card")
+def test_a_wrong_kernel_fails_the_command(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omniserve.bench.kernels.run.TOLERANCE", -1.0)
+    ran = run("bench", "kernels", "--only", "quantize", "--jobs", "1")
+    assert ran.code == 4
+    assert "quantize int8+sum 2: the result is off by 0" in ran.err
+
+
 def test_results_are_read_back(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     results = Results(path, ("a", "b"))
@@ -181,6 +230,10 @@ REFUSED = {
     "unknown suite": (["throughput", "--suite", "vllm"], ["vllm", "qserve"]),
     "peer and results": (["throughput", "m", "--peer", "transformers", "--results", "r.json"], ["--peer transformers"]),
     "plot": (["throughput", "m", "--plot", "p.jpg"], ["--plot p.jpg", ".png"]),
+    "no GPU": (["kernels"], ["bench kernels measures kernels on an NVIDIA GPU: this torch", "CUDA"]),
+    "a model's shape": (["kernels", "--shape", "tiny"], ["--shape tiny", "llama-3-8b"]),
+    "replays": (["kernels", "--replays", "0"], ["--replays 0"]),
+    "counts": (["kernels", "--tokens", "0,1"], ["--tokens 0"]),
     "no model": (["latency"], ["MODEL is missing"]),
     "length": (["latency", "m", "--input-len", "0"], ["--input-len=0"]),
     "tokens": (["latency", "m", "--output-len", "0"], ["--output-len=0"]),

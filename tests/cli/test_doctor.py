@@ -47,6 +47,36 @@ def test_kernels_are_listed_where_there_is_no_gpu(run: Run) -> None:
     assert all(kernel in text for kernel in found["kernels"]["operations"].values())
 
 
+def test_a_gpu_that_serves(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU as the driver and torch would tell it; the kernels are those that are here."""
+    told = {"built_for": "13.0", "problem": None, "device": "NVIDIA H200", "capability": 9.0, "processors": 132}
+    told |= {"tables": ["nvidia-h200"], "cache": {"folder": "/cache", "bytes": 2048}}
+    smi = dict(zip(machine.GPU, ("NVIDIA H200", "9.0", "580.1", "143771 MiB", "143000 MiB"), strict=True))
+    monkeypatch.setattr(machine, "cuda", lambda: told)
+    monkeypatch.setattr(machine, "gpus", lambda: [smi])
+    found = report(run)
+    assert found["cuda"] == told
+    served = found["implementations"]["cuda"]
+    assert served["sample"] == {"name": "reference", "why": "nothing faster is there for cuda"}
+    assert served["attend"]["why"].startswith("attend_triton needs an NVIDIA GPU of compute capability 8.0")
+    text = run("doctor").out
+    for words in (
+        "gpu         NVIDIA H200, compute capability 9.0, driver 580.1, 143771 MiB, 143000 MiB free",
+        "torch built for CUDA 13.0; NVIDIA H200, 132 multiprocessors",
+        "products are cut as measured on nvidia-h200",
+        "compiled kernels in /cache, 2.0 KiB",
+        "operations  on cuda:",
+    ):
+        assert words in text
+
+
+def test_why_no_gpu_serves(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "cuda        no GPU found: this torch" in run("doctor").out
+    smi = dict(zip(machine.GPU, ("Old", "7.0", "1", "2 MiB", "1 MiB"), strict=True))
+    monkeypatch.setattr(machine, "gpus", lambda: [smi])
+    assert "cuda        not used: this torch" in run("doctor").out
+
+
 def test_missing_triton_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CPU build of torch: the sentence stands in the report, and the report is whole."""
     monkeypatch.setitem(sys.modules, "triton", None)

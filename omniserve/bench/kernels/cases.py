@@ -1,0 +1,254 @@
+"""What is measured: every operation of a decoder's step that has a kernel, at the sizes of a model."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omniserve.base.spec import ModelSpec
+from omniserve.bench.kernels import limits
+from omniserve.bench.kernels.limits import Work
+from omniserve.bench.kernels.timing import COLD
+from omniserve.formats.table import FORMATS
+from omniserve.formats.weight import Weight
+from omniserve.ops.act import Act, ActFormat, Both, Int8, Plain, quantize
+from omniserve.ops.dispatch import force_reference
+from omniserve.ops.glu import swiglu
+from omniserve.ops.norm import add_norm
+from omniserve.ops.sample import SampleRows, sample
+
+Calls = list[Callable[[], Any]]
+
+TOKENS = (1, 16, 64, 128, 256, 512, 1024, 2048, 8192)
+"""Tokens of a step."""
+
+FORMS = ("w4a8-g128", "w4a8-row", "w8a8", "w16a16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """A case with its inputs on the device.
+
+    calls  the operation on several sets of inputs, alike in shape
+    check  relative error of the first call against the reference
+    peers  torch's own kernels at the same sizes, by name
+    """
+
+    calls: Calls
+    check: Callable[[], float]
+    peers: Mapping[str, Callable[[], Calls]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One line of the report.
+
+    kind, name, size  what is measured: for instance gemm, `w4a8-g128 qkv`, 16
+    build(copies)     makes inputs so many times, for a cold cache; None: as many as that needs
+    """
+
+    kind: str
+    name: str
+    size: str
+    work: Work
+    build: Callable[[int | None], Built]
+
+    @property
+    def title(self) -> str:
+        """Return all three in one line."""
+        return f"{self.kind} {self.name} {self.size}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What the cases are made for. decode: (rows, context) pairs; prompts: (tokens, context, local window or None)."""
+
+    spec: ModelSpec
+    device: torch.device
+    dtype: torch.dtype
+    tokens: Sequence[int]
+    decode: Sequence[tuple[int, int]]
+    prompts: Sequence[tuple[int, int, int | None]]
+
+
+def cold(nbytes: float, copies: int | None, *, most: int = 192) -> int:
+    """Return how many sets of inputs of so many bytes are needed for a cold cache."""
+    return copies or max(1, min(most, math.ceil(COLD / max(nbytes, 1))))
+
+
+def error(found: Any, expected: Any) -> float:
+    """Return |found - expected| / |expected| of results, which may be activations or tuples; NaN counts as 1e9."""
+    mine, theirs = _values(found), _values(expected)
+    away = float(torch.linalg.vector_norm(mine - theirs) / torch.linalg.vector_norm(theirs).clamp(min=1e-30))
+    return away if math.isfinite(away) else 1e9
+
+
+def _values(result: Any) -> Tensor:
+    match result:
+        case Tensor():
+            return result.flatten().float()
+        case Plain():
+            return result.x.flatten().float()
+        case Int8():
+            return (result.codes.float() * result.scale).flatten()
+        case Both():
+            return torch.cat((_values(result.plain), _values(result.int8)))
+        case _:
+            return torch.cat([_values(one) for one in result])
+
+
+def against(call: Callable[[], Any]) -> Callable[[], float]:
+    """Return a check of a call against itself within `force_reference`."""
+
+    def check() -> float:
+        found = call()
+        with force_reference():
+            return error(found, call())
+
+    return check
+
+
+def linears(sizes: Sizes) -> Iterator[Case]:
+    """Yield the products of a layer in every format, the gated one with its activation, and the head's."""
+    spec = sizes.spec
+    wide = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
+    shapes = {
+        "qkv": (wide, spec.hidden),
+        "out": (spec.hidden, spec.heads * spec.head_dim),
+        "gate_up": (2 * spec.ffn, spec.hidden),
+        "down": (spec.hidden, spec.ffn),
+    }
+    for form in FORMS:
+        for name, (n, k) in shapes.items():
+            weights = _Weights(form, n, k, sizes)
+            for tokens in sizes.tokens:
+                work = limits.product(form, tokens, n, k)
+                yield Case(
+                    kind="gemm", name=f"{form} {name}", size=str(tokens), work=work, build=_product(weights, tokens)
+                )
+            if name == "gate_up":
+                for tokens in sizes.tokens:
+                    work = limits.product(form, tokens, n, k, out=0.5 if form != "w16a16" else 1.0)
+                    build = _product(weights, tokens, gated=True)
+                    yield Case(kind="gate_up_silu", name=form, size=str(tokens), work=work, build=build)
+    for form in ("w16a16", "w8a8"):
+        weights = _Weights(form, spec.vocab, spec.hidden, sizes)
+        for tokens in (one for one in sizes.tokens if one <= 1024):
+            work = limits.product(form, tokens, spec.vocab, spec.hidden)
+            yield Case(kind="head", name=form, size=str(tokens), work=work, build=_product(weights, tokens))
+
+
+class _Weights:
+    """Bound weights of one shape and format, and torch's of the same shape; numbers of tokens share them."""
+
+    def __init__(self, form: str, n: int, k: int, sizes: Sizes) -> None:
+        self.form, self.n, self.k, self.sizes = FORMATS[form], n, k, sizes
+        self._made: list[Weight] = []
+        self._dense: list[Tensor] = []
+
+    def copies(self, count: int | None) -> list[Weight]:
+        """Return weights with numbers of their own."""
+        wanted = cold(self.n * self.k * limits.WEIGHT_BYTES[self.form.name], count, most=24)
+        while len(self._made) < wanted:
+            stored = self.form.from_dense(self._random())
+            self._made.append(self.form.bind(stored, bias=None, dtype=self.sizes.dtype))
+        return self._made[:wanted]
+
+    def dense(self, size: int) -> list[Tensor]:
+        """Return matrices of 16 bits, as many as are needed when each takes `size` bytes a number."""
+        wanted = cold(self.n * self.k * size, None, most=24)
+        while len(self._dense) < wanted:
+            self._dense.append(self._random())
+        return self._dense[:wanted]
+
+    def _random(self) -> Tensor:
+        made = torch.randn(self.n, self.k, device=self.sizes.device, dtype=self.sizes.dtype)
+        return made.mul_(self.k**-0.5)
+
+
+def _product(weights: _Weights, tokens: int, *, gated: bool = False) -> Callable[[int | None], Built]:
+    def build(copies: int | None) -> Built:
+        sizes = weights.sizes
+        x = torch.randn(tokens, weights.k, device=sizes.device, dtype=sizes.dtype)
+        act = quantize(x, weights.form.wants)
+        calls: Calls = [_bound(weight, act, gated) for weight in weights.copies(copies)]
+        return Built(calls=calls, check=against(calls[0]), peers={} if gated else _product_peers(weights, x))
+
+    return build
+
+
+def _bound(weight: Weight, act: Act, gated: bool) -> Callable[[], Any]:
+    wants = ActFormat.PLAIN if weight.wants is ActFormat.PLAIN else weight.wants
+    return (lambda: weight.gate_up_silu(act, wants)) if gated else (lambda: weight.gemm(act))
+
+
+def _product_peers(weights: _Weights, x: Tensor) -> dict[str, Callable[[], Calls]]:
+    """Return torch's products of the same shape: 16 bit, fp8 with one scale, int8 without scales."""
+
+    def half() -> Calls:
+        return [lambda w=w: torch.nn.functional.linear(x, w) for w in weights.dense(2)]  # type: ignore[misc]  # a lambda's default
+
+    def fp8() -> Calls:
+        one = torch.ones((), device=x.device)
+        rows = x if len(x) >= 16 else x[:1].expand(16, -1)
+        a = rows.to(torch.float8_e4m3fn).contiguous()
+        ws = [w.to(torch.float8_e4m3fn) for w in weights.dense(1)]
+
+        def call(w: Tensor) -> Tensor:
+            y: Tensor = torch._scaled_mm(a, w.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+            return y
+
+        return [lambda w=w: call(w) for w in ws]  # type: ignore[misc]  # a lambda's default
+
+    def int8() -> Calls:
+        rows = x if len(x) > 16 else x[:1].expand(32, -1)
+        a = (rows * 30).to(torch.int8).contiguous()
+        ws = [(w * 1000).to(torch.int8) for w in weights.dense(1)]
+        return [lambda w=w: torch._int_mm(a, w.t()) for w in ws]  # type: ignore[misc]  # a lambda's default
+
+    return {"16 bit": half, "fp8": fp8, "int8": int8}
+
+
+def rowwise(sizes: Sizes) -> Iterator[Case]:
+    """Yield norm, quantization, gate and sampling."""
+    spec, wants = sizes.spec, ActFormat.INT8_SUM
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=sizes.device, dtype=sizes.dtype)
+
+    def norm(tokens: int) -> Callable[[], Any]:
+        x, delta = (random(tokens, spec.hidden) for _ in range(2))
+        weight = random(spec.hidden)
+        return lambda: add_norm(x, delta, weight, spec.norm_eps, wants)
+
+    def codes(tokens: int) -> Callable[[], Any]:
+        x = random(tokens, spec.heads * spec.head_dim)
+        return lambda: quantize(x, wants)
+
+    def gate(tokens: int) -> Callable[[], Any]:
+        x = torch.randn(tokens, 2 * spec.ffn, device=sizes.device)
+        return lambda: swiglu(x, wants, sizes.dtype)
+
+    def greedy(tokens: int) -> Callable[[], Any]:
+        logits = random(tokens, spec.vocab)
+        return lambda: sample(logits, SampleRows())
+
+    kinds: dict[str, tuple[Callable[[int], Callable[[], Any]], int]] = {
+        "add_norm": (norm, 7 * spec.hidden),
+        "quantize": (codes, 3 * spec.heads * spec.head_dim),
+        "swiglu": (gate, 9 * spec.ffn),
+        "sample greedy": (greedy, 2 * spec.vocab),
+    }
+    for kind, (make, each) in kinds.items():
+        for tokens in sizes.tokens:
+            if kind == "sample greedy" and tokens > 1024:
+                continue
+
+            def build(copies: int | None, make: Any = make, tokens: int = tokens, each: int = each) -> Built:
+                calls = [make(tokens) for _ in range(cold(tokens * each, copies, most=16))]
+                return Built(calls=calls, check=against(calls[0]))
+
+            yield Case(kind=kind, name=wants.value, size=str(tokens), work=Work(bytes=tokens * each), build=build)

@@ -1,0 +1,265 @@
+"""What is measured of the pages: writing them, reading them, choosing them."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omniserve.base.config import KVName
+from omniserve.base.numbers import ceil_div
+from omniserve.base.types import PAGE
+from omniserve.bench.kernels import limits
+from omniserve.bench.kernels.cases import Built, Calls, Case, Sizes, against, cold, error
+from omniserve.bench.kernels.limits import Work
+from omniserve.formats.kv import LOGICAL, LayerPages, kv_format
+from omniserve.ops.batch import PageList, Reading, Rows, Visible, Workspace
+from omniserve.ops.dispatch import force_reference
+from omniserve.ops.pages import HeadGroup, attend, cut_rows, rope_write
+from omniserve.ops.rope import Rope
+from omniserve.ops.select import score_pages, top_pages
+
+FORMS: tuple[KVName, ...] = ("kv4", "kv8", "kv16")
+
+SINK = 128
+
+CHECKED = 2e9
+"""Bytes of keys and values in 32 bit that the reference of a check may make."""
+
+
+def store_of(name: KVName, pages: int, sizes: Sizes, *, statistics: bool = False) -> LayerPages:
+    """Return pages of random keys and values."""
+    form, spec = kv_format(name, dtype=sizes.dtype), sizes.spec
+    shape = (pages, spec.kv_heads, form.page_bytes(spec.head_dim))
+    made = LayerPages(
+        pages=torch.randint(0, 256, shape, dtype=torch.uint8, device=sizes.device),
+        format=form,
+        head_dim=spec.head_dim,
+        statistics=_bounds(pages, sizes) if statistics else None,
+    )
+    if form.quantized:
+        made.params.copy_(torch.rand(made.params.shape, device=sizes.device) * (8 / form.top))
+    else:
+        made.codes.copy_(torch.randn(made.codes.shape, device=sizes.device))
+    return made
+
+
+def _bounds(pages: int, sizes: Sizes) -> Tensor:
+    shape = (pages, sizes.spec.kv_heads, PAGE // LOGICAL, 1, sizes.spec.head_dim)
+    low = torch.randn(shape, device=sizes.device) - 1
+    return torch.cat((low, low + 2), 3).half()
+
+
+def decode(sizes: Sizes) -> Iterator[Case]:
+    """Yield produced positions that read everything."""
+    spec = sizes.spec
+    for name in FORMS:
+        size = kv_format(name, dtype=sizes.dtype).page_bytes(spec.head_dim)
+        for rows, context in sizes.decode:
+            work = limits.decode(size, rows, context, spec.heads, spec.kv_heads, spec.head_dim)
+            build = _decode(name, rows, context, sizes, work.bytes)
+            yield Case(kind="decode", name=name, size=f"{rows} x {context}", work=work, build=build)
+
+
+def _decode(name: KVName, rows: int, context: int, sizes: Sizes, nbytes: float) -> Callable[[int | None], Built]:
+    spec = sizes.spec
+
+    def one() -> tuple[Callable[[], Tensor], Callable[[int], Tensor]]:
+        per = ceil_div(context, PAGE)
+        store = store_of(name, rows * per, sizes)
+        ids = torch.randperm(rows * per, device=sizes.device).int().view(rows, per)
+        q = torch.randn(rows, spec.heads, spec.head_dim, device=sizes.device, dtype=sizes.dtype)
+        out = torch.full_like(q, float("nan"))
+
+        def run(count: int = rows) -> Tensor:
+            attend(q[:count], groups(count), lengths(count), out[:count], Workspace(out=out), scale=spec.head_dim**-0.5)
+            return out[:count]
+
+        def lengths(count: int) -> Rows:
+            return Rows(
+                cu_q=torch.arange(count + 1, device=q.device, dtype=torch.int32),
+                seq_len=torch.full((count,), context, device=q.device, dtype=torch.int32),
+                singles=count,
+                longest=context,
+                cuts=cut_rows(torch.full((count,), per, device=q.device, dtype=torch.int32)),
+            )
+
+        def groups(count: int) -> tuple[HeadGroup, ...]:
+            used = torch.full((count,), per, device=q.device, dtype=torch.int32)
+            pages = PageList(ids=ids[:count], index=None, count=used, slots=None)
+            reading = Reading(rows=range(count), pages=pages, visible=Visible())
+            return (HeadGroup(heads=slice(0, spec.heads), to=None, reads=(reading,), store=store),)
+
+        whole, every = lengths(rows), groups(rows)
+
+        def call() -> Tensor:
+            attend(q, every, whole, out, Workspace(out=out), scale=spec.head_dim**-0.5)
+            return out
+
+        return call, run
+
+    def build(copies: int | None) -> Built:
+        made = [one() for _ in range(cold(nbytes, copies))]
+
+        def check() -> float:
+            count = max(1, min(rows, int(CHECKED / (8 * context * spec.kv_heads * spec.head_dim))))
+            found = made[0][0]()[:count].clone()
+            with force_reference():
+                return error(found, made[0][1](count))
+
+        peers = {"torch 16 bit": lambda: _sdpa(rows, 1, context, sizes, causal=False)}
+        return Built(calls=[call for call, _ in made], check=check, peers=peers)
+
+    return build
+
+
+def _sdpa(rows: int, tokens: int, context: int, sizes: Sizes, *, causal: bool) -> Calls:
+    """Return torch's attention over keys and values that lie in one piece."""
+    spec = sizes.spec
+    like: Any = {"device": sizes.device, "dtype": sizes.dtype}
+    nbytes = 4.0 * rows * context * spec.kv_heads * spec.head_dim
+
+    def one() -> Callable[[], Tensor]:
+        q = torch.randn(rows, spec.heads, tokens, spec.head_dim, **like)
+        k, v = (torch.randn(rows, spec.kv_heads, context, spec.head_dim, **like) for _ in range(2))
+        gqa = spec.heads != spec.kv_heads
+        return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa)
+
+    return [one() for _ in range(cold(nbytes, None, most=24))]
+
+
+def prompts(sizes: Sizes) -> Iterator[Case]:
+    """Yield the last positions of a prompt: all heads dense, or all of them with a window."""
+    spec = sizes.spec
+    for name in FORMS:
+        size = kv_format(name, dtype=sizes.dtype).page_bytes(spec.head_dim)
+        for tokens, context, local in sizes.prompts:
+            seen = limits.pairs(tokens, context, sink=SINK, local=local)
+            work = limits.prompt(size, seen, tokens, context, spec.heads, spec.kv_heads, spec.head_dim)
+            title = f"{name}{'' if local is None else f' window {local}'}"
+            build = _prompt(name, tokens, context, local, sizes)
+            yield Case(kind="prefill", name=title, size=f"{tokens} of {context}", work=work, build=build)
+
+
+def _prompt(name: KVName, tokens: int, context: int, local: int | None, sizes: Sizes) -> Callable[[int | None], Built]:
+    spec = sizes.spec
+
+    def build(copies: int | None) -> Built:
+        per = ceil_div(context, PAGE)
+        store = store_of(name, per, sizes)
+        like: Any = {"device": sizes.device, "dtype": torch.int32}
+        rows = Rows(
+            cu_q=torch.tensor([0, tokens], **like), seq_len=torch.tensor([context], **like), singles=0, longest=context
+        )
+        pages = PageList(
+            ids=torch.randperm(per, device=sizes.device).int()[None],
+            index=None,
+            count=torch.tensor([per], **like),
+            slots=None,
+        )
+        visible = Visible() if local is None else Visible(SINK, local)
+        reading = Reading(rows=range(1), pages=pages, visible=visible)
+        group = HeadGroup(heads=slice(0, spec.heads), to=None, reads=(reading,), store=store)
+        q = torch.randn(tokens, spec.heads, spec.head_dim, device=sizes.device, dtype=sizes.dtype)
+        out = torch.full_like(q, float("nan"))
+
+        def call() -> Tensor:
+            attend(q, (group,), rows, out, Workspace(out=out), scale=spec.head_dim**-0.5)
+            return out
+
+        def check() -> float:
+            found = call().clone()
+            with force_reference():
+                return error(found, call())
+
+        square = tokens == context and local is None
+        peers = {"torch 16 bit": lambda: _sdpa(1, tokens, context, sizes, causal=True)} if square else {}
+        return Built(calls=[call], check=check, peers=peers)
+
+    return build
+
+
+def writes(sizes: Sizes) -> Iterator[Case]:
+    """Yield rotation, quantization and writing of keys and values, one token in each page as in a decode step."""
+    spec = sizes.spec
+    wide = spec.heads + 2 * spec.kv_heads
+    for name in FORMS:
+        form = kv_format(name, dtype=sizes.dtype)
+        each = 2 * (wide + spec.heads) * spec.head_dim + spec.kv_heads * form.page_bytes(spec.head_dim) // PAGE
+        for tokens in sizes.tokens:
+            build = _write(name, tokens, tokens * each, sizes)
+            yield Case(kind="rope_write", name=name, size=str(tokens), work=Work(bytes=tokens * each), build=build)
+
+
+def _write(name: KVName, tokens: int, nbytes: int, sizes: Sizes) -> Callable[[int | None], Built]:
+    spec = sizes.spec
+
+    def one() -> tuple[Callable[[], Any], LayerPages]:
+        pages = tokens if tokens <= 1024 else ceil_div(tokens, PAGE)  # a step of many tokens is a prompt's
+        store = store_of(name, pages, sizes)
+        wide = spec.heads + 2 * spec.kv_heads
+        qkv = torch.randn(tokens, wide, spec.head_dim, device=sizes.device, dtype=sizes.dtype)
+        positions = torch.arange(tokens, device=sizes.device) % 1024
+        rope = Rope(torch.rand(1024, 2, spec.head_dim // 2, device=sizes.device), None, None, spec.norm_eps)
+        slots = positions * PAGE + positions % PAGE if tokens <= 1024 else torch.arange(tokens, device=sizes.device)
+        return (lambda: rope_write(qkv, positions, (slots,), (store,), rope, spec.heads)), store
+
+    def build(copies: int | None) -> Built:
+        made = [one() for _ in range(cold(nbytes, copies, most=16))]
+        call, store = made[0]
+
+        def check() -> float:
+            mine = call().clone()
+            written = store.pages.clone()
+            with force_reference():
+                away = error(mine, call())
+            return max(away, float((written != store.pages).float().mean()))
+
+        return Built(calls=[call for call, _ in made], check=check)
+
+    return build
+
+
+def selection(sizes: Sizes) -> Iterator[Case]:
+    """Yield the bounds of all pages for one produced position, and the choice of 64 of them."""
+    spec = sizes.spec
+    for rows, context in sizes.decode:
+        pages = ceil_div(context, PAGE)
+        if pages < 128 or rows * context > 1 << 20:
+            continue
+        moved = rows * pages * spec.kv_heads * (PAGE // LOGICAL) * 2 * spec.head_dim * 2
+        size = f"{rows} x {context}"
+        yield Case(
+            kind="score_pages", name="", size=size, work=Work(bytes=moved), build=_scores(rows, pages, moved, sizes)
+        )
+        ranked = rows * pages * spec.kv_heads * 4
+        yield Case(kind="top_pages", name="", size=size, work=Work(bytes=ranked), build=_top(rows, pages, sizes))
+
+
+def _scores(rows: int, pages: int, nbytes: int, sizes: Sizes) -> Callable[[int | None], Built]:
+    def one() -> Callable[[], Tensor]:
+        bounds = _bounds(rows * pages, sizes)
+        ids = torch.randperm(rows * pages, device=sizes.device).int().view(rows, pages)
+        q = torch.randn(rows, sizes.spec.heads, sizes.spec.head_dim, device=sizes.device, dtype=sizes.dtype)
+        return lambda: score_pages(q, bounds, ids)
+
+    def build(copies: int | None) -> Built:
+        calls: Calls = [one() for _ in range(cold(nbytes, copies, most=24))]
+        return Built(calls=calls, check=against(calls[0]))
+
+    return build
+
+
+def _top(rows: int, pages: int, sizes: Sizes) -> Callable[[int | None], Built]:
+    def build(copies: int | None) -> Built:
+        scores = torch.randn(rows, sizes.spec.kv_heads, pages, device=sizes.device)
+        existing = torch.full((rows,), pages, device=sizes.device)
+        forced = torch.zeros(rows, pages, dtype=torch.bool, device=sizes.device)
+        forced[:, 0] = forced[:, -1] = True
+
+        def call() -> Tensor:
+            return top_pages(scores, existing, forced, 64)
+
+        return Built(calls=[call], check=against(call))
+
+    return build

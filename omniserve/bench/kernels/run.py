@@ -1,0 +1,170 @@
+"""Runs the cases: compiles ahead in several processes, checks, measures, and adds up whole decode steps."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+
+from omniserve.base.errors import CapacityError, ConfigError
+from omniserve.base.spec import ModelSpec
+from omniserve.bench.kernels import pages
+from omniserve.bench.kernels.cases import Built, Case, Sizes, linears, rowwise
+from omniserve.bench.kernels.limits import CARDS, Card
+from omniserve.bench.kernels.timing import microseconds
+from omniserve.bench.results import Row
+from omniserve.formats.dummy import CONFIGS
+from omniserve.models.families import family
+from omniserve.ops.dispatch import load_kernels
+
+DECODE = (
+    (1, 1024), (1, 16384), (1, 65536), (1, 131072), (1, 262144), (8, 16384), (8, 65536), (64, 1280), (64, 4096),
+    (256, 1280), (1024, 1280),
+)  # fmt: skip
+"""Rows and contexts of decode steps."""
+
+PROMPTS = (
+    (1024, 1024, None), (8192, 8192, None), (8192, 32768, None), (8192, 65536, None), (8192, 65536, 256),
+    (8192, 65536, 8192),
+)  # fmt: skip
+"""Tokens, context and window of prompt chunks."""
+
+TOLERANCE = 0.02
+"""Relative error from which a result counts as wrong: 16-bit outputs and int8 codes stay far below."""
+
+STEPS = {"w4a8-g128": "kv4", "w4a8-row": "kv4", "w8a8": "kv8", "w16a16": "kv16"}
+"""Weight and KV formats of whole steps."""
+
+
+def spec_of(shape: str) -> ModelSpec:
+    """Return the numbers of a published model."""
+    return family(CONFIGS[shape]).spec(CONFIGS[shape])
+
+
+def gpu_sizes(shape: str, dtype: str, tokens: Sequence[int]) -> Sizes:
+    """Return the sizes of the cases on the GPU here."""
+    return Sizes(
+        spec=spec_of(shape),
+        device=torch.device("cuda"),
+        dtype=getattr(torch, dtype),
+        tokens=tokens,
+        decode=DECODE,
+        prompts=PROMPTS,
+    )
+
+
+def cases(sizes: Sizes, only: Sequence[str]) -> Iterator[Case]:
+    """Yield the cases whose title holds one of these words, or all."""
+    for make in (pages.decode, pages.prompts, pages.writes, rowwise, pages.selection, linears):
+        for case in make(sizes):
+            if not only or any(word in case.title for word in only):
+                yield case
+
+
+def compile_ahead(shape: str, dtype: str, tokens: Sequence[int], titles: Sequence[str], jobs: int) -> None:
+    """Run each case once, shared by processes: what they compile lies in Triton's cache on the disk afterwards."""
+    context = get_context("spawn")
+    shares = [titles[place::jobs] for place in range(jobs)]
+    running = [context.Process(target=_compile, args=(shape, dtype, tokens, share)) for share in shares if share]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join()
+
+
+def _compile(shape: str, dtype: str, tokens: Sequence[int], titles: Sequence[str]) -> None:
+    load_kernels("cuda")
+    wanted = set(titles)
+    for case in cases(gpu_sizes(shape, dtype, tokens), ()):
+        if case.title in wanted:
+            try:
+                case.build(1).calls[0]()
+                torch.cuda.synchronize()
+            except Exception:  # the process that measures meets it again, and tells it
+                pass
+            torch.cuda.empty_cache()
+
+
+def measure(case: Case, card: Card | None, *, replays: int, peers: bool) -> dict[str, Any]:
+    """Return a case's row: microseconds, limit and share of it, error, and the ratio of each peer's time to ours."""
+    limit = None if card is None else case.work.microseconds(card)
+    row: dict[str, Any] = {"kind": case.kind, "name": case.name, "size": case.size, "limit_us": limit}
+    try:
+        built = case.build(None)
+        row["error"] = built.check()
+        row["us"] = microseconds(built.calls, replays=replays)
+        row["ok"] = row["error"] <= TOLERANCE
+        row["share"] = None if limit is None else limit / row["us"]
+        if peers:
+            row["peers"] = _peers(built, row["us"], replays)
+    except (ConfigError, CapacityError, torch.OutOfMemoryError) as problem:
+        row |= {"ok": False, "problem": " ".join(str(problem).split())[:200]}
+    except RuntimeError as problem:
+        if "CUDA error" in str(problem):
+            raise
+        row |= {"ok": False, "problem": " ".join(str(problem).split())[:200]}
+    return row
+
+
+def _peers(built: Built, mine: float, replays: int) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for name, make in built.peers.items():
+        try:
+            theirs = microseconds(make(), replays=replays)
+            found[name] = {"us": theirs, "ratio": theirs / mine}
+        except (RuntimeError, NotImplementedError) as problem:
+            if "CUDA error" in str(problem):
+                raise
+            found[name] = {"problem": " ".join(str(problem).split())[:120]}
+    return found
+
+
+def run(todo: Sequence[Case], *, replays: int, peers: bool, on_row: Callable[[dict[str, Any]], None]) -> None:
+    """Measure the cases one after the other; weights are given back with the last case that shares them."""
+    card, left = CARDS.get(torch.cuda.get_device_name()), deque(todo)
+    while left:
+        on_row(measure(left.popleft(), card, replays=replays, peers=peers))
+        torch.cuda.empty_cache()
+
+
+def steps(rows: Sequence[Row], layers: int) -> list[dict[str, Any]]:
+    """Return whole decode steps, added up from the rows that are there: all layers, head and sampling, no gaps."""
+    found = {(row["kind"], row["name"], row["size"]): row for row in rows if "us" in row}
+    made = []
+    for form, kv in STEPS.items():
+        for kind, name, size in found:
+            if (kind, name) != ("decode", kv):
+                continue
+            count = size.split(" ")[0]
+            act = "int8+sum"
+            once = {("head", "w16a16", count): 1, ("sample greedy", act, count): 1}
+            each = {
+                **{("gemm", f"{form} {linear}", count): layers for linear in ("qkv", "out", "down")},
+                ("gate_up_silu", form, count): layers,
+                ("add_norm", act, count): 2 * layers,
+                ("quantize", act, count): layers,
+                ("rope_write", kv, count): layers,
+                ("decode", kv, size): layers,
+            }
+            parts = {
+                key: times for key, times in {**each, **once}.items() if not (form == "w16a16" and key[0] == "quantize")
+            }
+            if not parts.keys() <= found.keys():
+                continue
+            total = sum(times * found[key]["us"] for key, times in parts.items())
+            bounds = [found[key]["limit_us"] for key in parts]
+            limit = None if None in bounds else sum(t * b for t, b in zip(parts.values(), bounds, strict=True))
+            made.append(
+                {
+                    "kind": "step",
+                    "name": f"{form} {kv}",
+                    "size": size,
+                    "us": total,
+                    "limit_us": limit,
+                    "share": None if limit is None else limit / total,
+                    "ok": all(found[key]["ok"] for key in parts),
+                    "parts": {" ".join(key[:2]): times * found[key]["us"] / total for key, times in parts.items()},
+                }
+            )
+    return made

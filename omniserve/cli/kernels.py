@@ -1,0 +1,160 @@
+"""`omniserve bench kernels`: every operation on the GPU here, against the physical limit and torch's own kernels."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from omniserve.base.config import SHAPES
+from omniserve.base.errors import ConfigError
+from omniserve.bench.results import Results, Row, ratio, read_rows
+from omniserve.cli import machine
+from omniserve.cli.exits import GATE, OK
+from omniserve.cli.flags import Common, Whole, whole_numbers
+from omniserve.cli.loading import cells, leaving_at_once, need_torch, words
+from omniserve.cli.output import Bars, as_json, say, table, warn
+from omniserve.cli.report import NO_REPORT_FLAGS, ReportFlags, check_plot, machine_line, stamp
+
+TOKENS = "1,16,64,128,256,512,1024,2048,8192"
+
+KEYS = ("shape", "dtype", "kind", "name", "size", "device")
+"""What tells rows apart."""
+
+
+def kernels(
+    *,
+    shape: str = "llama-3-8b",
+    dtype: Literal["float16", "bfloat16"] = "float16",
+    only: str | None = None,
+    tokens: str = TOKENS,
+    replays: Whole = 20,
+    peers: bool = True,
+    jobs: Whole | None = None,
+    report: ReportFlags = NO_REPORT_FLAGS,
+    common: Common = Common(),  # noqa: B008  # frozen
+) -> int:
+    """Microseconds of every operation on an NVIDIA GPU, share of the physical limit, ratio to torch's own kernels.
+
+    Products of all weight formats, attention over pages, norm, quantization, rotation and writing, page selection,
+    head, sampling, and whole decode steps added up. CUDA graphs are replayed over inputs that no cache holds; every
+    result is compared with the reference. Exit code 4 if one is wrong.
+
+    Parameters
+    ----------
+    shape
+        Model whose sizes are measured.
+    dtype
+        Type of what is not quantized.
+    only
+        Parts of titles with commas between them, for instance "gemm w4a8-g128,decode kv4"; others are left out.
+    tokens
+        Tokens of a step, with commas between them.
+    replays
+        Replays of which the median counts.
+    peers
+        Measure torch's products and attention of the same sizes as well.
+    jobs
+        Processes that compile kernels ahead (default 8, or fewer with fewer cores); 1: none.
+    """
+    if shape not in SHAPES or shape == "tiny":
+        raise ConfigError(f"--shape {shape}: must be one of {', '.join(SHAPES[1:])}")
+    counts = whole_numbers(tokens, "--tokens")
+    for name, value in {"tokens": min(counts), "replays": replays, "jobs": jobs or 1}.items():
+        if value < 1:
+            raise ConfigError(f"--{name} {value}: must be 1 or more")
+    wanted = [] if only is None else words(only, "--only")
+    check_plot(report.plot)
+    others = [] if report.compare is None else read_rows(report.compare)
+    results = Results(report.results, KEYS)
+    _need_gpu()
+    import torch
+
+    from omniserve.bench.kernels.run import cases, compile_ahead, gpu_sizes, run, spec_of, steps
+
+    about = {"shape": shape, "dtype": dtype, "device": torch.cuda.get_device_name()}
+    all_cases = cases(gpu_sizes(shape, dtype, counts), wanted)
+    todo = [
+        case
+        for case in all_cases
+        if results.find({**about, "kind": case.kind, "name": case.name, "size": case.size}) is None
+    ]
+    if not todo and not list(results):
+        raise ConfigError(
+            f"--only {only}: no case has such a title; give for instance gemm, decode, prefill or add_norm"
+        )
+    processes = min(jobs or min(8, os.cpu_count() or 1), len(todo))
+    if processes > 1:
+        compile_ahead(shape, dtype, counts, [case.title for case in todo], processes)
+    with Bars(quiet=report.json) as bars:
+
+        def keep(row: dict[str, Any]) -> None:
+            results.add({**about, **row, "date": stamp()})
+            bars.update("kernels", len(list(results)), len(todo))
+
+        run(todo, replays=replays, peers=peers, on_row=keep)
+    rows = [row for row in results if row["kind"] != "step"]
+    return _tell([*rows, *({**about, **row} for row in steps(rows, spec_of(shape).layers))], others, report, replays)
+
+
+def _need_gpu() -> None:
+    """Raise ConfigError unless there is a GPU that the kernels run on."""
+    need_torch()
+    with leaving_at_once():
+        from omniserve.engine.device import gpu_problem
+    problem = gpu_problem()
+    if problem is not None:
+        raise ConfigError(f"bench kernels measures kernels on an NVIDIA GPU: {problem}")
+
+
+def _tell(rows: Sequence[Row], others: Sequence[Row], report: ReportFlags, replays: int) -> int:
+    """Print the rows, and draw them if asked; return the exit code."""
+    facts = machine.facts()
+    keys = KEYS[:5]
+    compared = [{**row, "against": ratio(row, others, keys, "us")} for row in rows]
+    if report.plot is not None:
+        _draw(compared, report.plot, title=machine_line(facts))
+    if report.json:
+        as_json({"shape": rows[0]["shape"], "replays": replays, **facts, "rows": compared})
+    else:
+        say(machine_line(facts))
+        _print(compared, others=bool(others), replays=replays)
+    wrong = [row for row in rows if not row["ok"]]
+    for row in wrong[:8]:
+        title = f"{row['kind']} {row['name']} {row['size']}"
+        warn(f"{title}: {row.get('problem') or 'the result is off by {:.2g}'.format(row.get('error', float('nan')))}")
+    return GATE if wrong else OK
+
+
+def _print(rows: Sequence[dict[str, Any]], *, others: bool, replays: int) -> None:
+    names = sorted({name for row in rows for name in row.get("peers", ())})
+    columns = ["operation", "size", "us", "limit us", "share", "error", *names, *(["against"] if others else [])]
+    made = [
+        [
+            f"{row['kind']} {row['name']}",
+            row["size"],
+            row.get("us"),
+            row["limit_us"],
+            row.get("share"),
+            row.get("error"),
+            *(row.get("peers", {}).get(name, {}).get("ratio") for name in names),
+            *([row["against"]] if others else []),
+        ]
+        for row in rows
+    ]
+    title = f"{rows[0]['shape']}, {rows[0]['dtype']}, median of {replays} replays; peers: their time over ours"
+    table(columns, [cells(row) for row in made], title=title)
+
+
+def _draw(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
+    from omniserve.bench.plots import Panel, draw
+
+    panels = []
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        mine = [row for row in rows if row["kind"] == kind and row.get("share")]
+        ticks = list(dict.fromkeys(row["size"] for row in mine))
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in mine:
+            lines.setdefault(row["name"] or kind, []).append((ticks.index(row["size"]), row["share"]))
+        if lines:
+            panels.append(Panel(title=kind, x="size", y="share of the limit", lines=lines, ticks=ticks))
+    draw(panels, path, title=title)
