@@ -4,7 +4,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, cast
@@ -136,7 +136,7 @@ class _Open:
         self.usage = output.usage
         self.error = None if output.fault is None else FAULTS[output.fault]
         held, self._held = self._held, []
-        return self._answer.take(replace(output, new_tokens=(*held, *output.new_tokens)) if held else output)
+        return self._answer.take(output._replace(new_tokens=(*held, *output.new_tokens)) if held else output)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -156,7 +156,7 @@ class _Group:
     def usage(self) -> Usage:
         """Token counts of all continuations; the prompt counts once."""
         all_usages = [member.usage for member in self.members if member.usage is not None]
-        return replace(all_usages[0], completion_tokens=sum(usage.completion_tokens for usage in all_usages))
+        return all_usages[0]._replace(completion_tokens=sum(usage.completion_tokens for usage in all_usages))
 
 
 class LLM:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from omniserve.base.errors import RequestError
 from omniserve.base.structured import Grammar, StructuredOutputs
@@ -337,8 +337,7 @@ class Admission:
     grammar: Grammar | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class Work(NamedTuple):
     """One request's share of a step: tokens at positions [start, start + count).
 
     prompt      prompt length: positions below it are prompt, the others produced (single-query rows)
@@ -351,7 +350,7 @@ class Work:
     request: str
     slot: int
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # tuple.count is of no use here
     prompt: int
     new_tokens: tuple[int, ...]
     logits: Literal["none", "last", "all"]
@@ -400,8 +399,7 @@ class StepResult:
     complete: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
+class Usage(NamedTuple):
     """Token counts of one request."""
 
     prompt_tokens: int
@@ -409,8 +407,7 @@ class Usage:
     cached_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Output:
+class Output(NamedTuple):
     """What a step brought for one request; the text floor turns it into text.
 
     logprobs         of the new tokens, if they were asked for; else empty

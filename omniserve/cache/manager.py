@@ -63,6 +63,7 @@ class CacheManager:
         self.prefix_caching = prefix_caching
         self._pools = tuple(self.pools.values())
         self._keeps = tuple((keeps or {}).get(kind) for kind in self.pools)
+        self._keeping = any(keep is not None for keep in self._keeps)
         self._unlanded = unlanded
         self._by_position = by_position
         self._tiles_from = tiles_from
@@ -193,6 +194,8 @@ class CacheManager:
     def reserve(self, request: Request, count: int) -> bool:
         """Give a started request pages for `count` tokens after its issued ones; False: no room, nothing changed."""
         assert request.slot is not None, request.id
+        if count == 1 and request.issued % PAGE:  # the page of the position before
+            return True
         table = self._tables[request.slot]
         wanted = ceil_div(request.issued + count, PAGE)
         if any(pool.available < wanted - len(held) for pool, held in zip(self._pools, table.pages, strict=True)):
@@ -215,6 +218,8 @@ class CacheManager:
         assert request.slot is not None, request.id
         table = self._tables[request.slot]
         self._offer(request, table)
+        if not self._keeping:
+            return
         for kind, (pool, keep, held) in enumerate(zip(self._pools, self._keeps, table.pages, strict=True)):
             if keep is None:
                 continue

@@ -141,7 +141,7 @@ class Assembler:
             table[slots, logical] = physical.to(torch.int32)
         if moves.freed:
             slots, logical = sent(list(zip(*moves.freed, strict=True)), self._device)
-            table[slots, logical] = -1
+            table[slots, logical] = torch.full_like(slots, -1, dtype=torch.int32)  # a number would wait for the device
 
 
 class _Plan:

@@ -1,5 +1,6 @@
 """From a model's path and a user's options to an engine that is ready to step."""
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -147,6 +148,8 @@ def build(
     engine, runner, stores = make_engine(decoder, kv, config, policy, scales, key_means(source, spec))
     if gpu and config.backend == "auto":
         runner.prepare(graphs=captures(spec, policy))
+    gc.collect()
+    gc.freeze()  # what is there now stays: with 1,024 requests the collector took 2.5 ms of every step to look at it
     prepared = time.perf_counter()
     plan = MemoryPlan(
         model=Path(source.path if model is None else model).name,

@@ -212,6 +212,9 @@ class Scheduler:
 
     def _due(self, request: Request, budget: int) -> int:
         """Tokens that the next step can give a request. The last token of its limit is never fed back."""
+        if request.held:  # the next produced position, or none
+            last = min(len(request.tokens) + request.drawn, request.prompt + request.limit - 1)
+            return 1 if budget and request.issued < last else 0
         wanted = min(request.known, request.prompt + max(request.limit - 1, 0))
         count = min(wanted - request.issued, budget)
         if request.reduce is not None and request.issued < request.prompt:
@@ -254,17 +257,19 @@ class Scheduler:
         start, end = request.issued, request.issued + count
         draws = end == request.known and request.limit > 0
         all_logits = request.reduce is not None and request.scored <= start < request.prompt
+        held = request.held
         work = Work(
-            request=request.id,
-            slot=request.slot,
-            start=start,
-            count=count,
-            prompt=request.prompt,
-            new_tokens=() if request.held else tuple(request.tokens[start:end]),
-            logits="all" if all_logits else "last" if draws else "none",
-            draws=draws,
-            epoch=request.epoch,
-            admission=admission,
+            request.id,
+            request.slot,
+            start,
+            count,
+            request.prompt,
+            () if held else tuple(request.tokens[start:end]),
+            "all" if all_logits else "last" if draws else "none",
+            draws,
+            False,
+            request.epoch,
+            admission,
         )
         assert len(work.new_tokens) == (0 if request.held else count), request
         request.issued = end
@@ -280,22 +285,23 @@ class Scheduler:
         """Take in what the oldest step in flight brought."""
         assert self._flying and self._flying[0][0] is step, step
         brought = result.tokens.keys() | result.faults.keys()
-        assert all(work.request in brought for work in step.works if work.draws), (step, result)
+        assert all(not work.draws or work.request in brought for work in step.works), (step, result)
         _, served = self._flying.popleft()
-        outputs = []
+        outputs, faults = [], result.faults
         for work, request in zip(step.works, served, strict=True):
             request.flights -= 1
             request.drawn -= work.draws
             if request.finished:
                 continue
-            if (fault := result.faults.get(work.request)) is not None:
+            if faults and (fault := faults.get(work.request)) is not None:
                 outputs.append(self._fail(request, fault))
                 continue
             if work.epoch == request.epoch:
                 assert request.computed == work.start, request
                 request.computed += work.count
                 self.cache.commit(request)
-            request.prompt_logprobs += result.prompt_logprobs.get(work.request, ())
+            if result.prompt_logprobs:
+                request.prompt_logprobs += result.prompt_logprobs.get(work.request, ())
             drawn = (result.tokens[work.request],) if work.draws else ()
             request.tokens += drawn
             logprobs = (result.logprobs[work.request],) if drawn and work.request in result.logprobs else ()
@@ -320,7 +326,7 @@ class Scheduler:
         if fault == "logits":
             self.stats.corrupted += 1
             self.cache.forget()
-        return replace(_output(request, ()), fault=fault)
+        return _output(request, ())._replace(fault=fault)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         request.finish = reason
@@ -400,15 +406,12 @@ def _admission(request: Request) -> Admission:
 
 
 def _output(request: Request, drawn: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...] = ()) -> Output:
-    first = request.produced == len(drawn)
-    return Output(
-        request=request.id,
-        new_tokens=drawn,
-        finish=request.finish,
-        usage=Usage(prompt_tokens=request.prompt, completion_tokens=request.produced, cached_tokens=request.cached),
-        logprobs=logprobs,
-        prompt_logprobs=tuple(request.prompt_logprobs) if first and request.reduce == "logprobs" else None,
-    )
+    produced = len(request.tokens) - request.prompt
+    scored = None
+    if request.reduce == "logprobs" and produced == len(drawn):
+        scored = tuple(request.prompt_logprobs)
+    usage = Usage(request.prompt, produced, request.cached)
+    return Output(request.id, drawn, request.finish, usage, logprobs, scored)
 
 
 def mixed(seed: int, number: int) -> int:
