@@ -14,7 +14,7 @@ from omniserve.cli.cases import Case, Measure, asked, left_over, precision_label
 from omniserve.cli.flags import NO_FLAGS, Common, EngineFlags, Whole, settings, whole_numbers
 from omniserve.cli.loading import cells, words
 from omniserve.cli.output import Bars, as_json, say, table
-from omniserve.cli.report import NO_REPORT_FLAGS, ReportFlags, check_plot, device_of, machine_line
+from omniserve.cli.report import NO_REPORT_FLAGS, ReportFlags, check_plot, configuration_line, device_of, machine_line
 from omniserve.cli.speed import label_of
 
 if TYPE_CHECKING:
@@ -216,6 +216,8 @@ def _tell(rows: list[Row], others: list[Row], report: ReportFlags, *, tokens: in
         as_json({"model": rows[0]["model"], **facts, "rows": compared})
     else:
         say(machine_line(facts))
+        for line in dict.fromkeys(configuration_line(row) for row in rows if "configuration" in row):
+            say(line)
         columns = {"engine": "engine", "context": "context", "first token s": "first_token_seconds"}
         columns |= {"token ms": "token_ms", "p99 ms": "token_p99_ms"}
         columns |= {"first against": "first_against", "token against": "token_against"} if others else {}

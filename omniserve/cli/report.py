@@ -12,6 +12,7 @@ from cyclopts import Group, Parameter
 
 from omniserve.base.config import Options
 from omniserve.base.errors import ConfigError
+from omniserve.bench.results import Row
 from omniserve.cli import machine
 from omniserve.cli.loading import leaving_at_once, need_torch
 
@@ -60,6 +61,18 @@ def check_plot(plot: Path | None) -> None:
 def configuration(llm: "LLM") -> dict[str, Any]:
     """Return everything that was decided for an engine."""
     return {**asdict(llm.config), "plan": asdict(llm.plan), "operations": llm.operations()}
+
+
+def configuration_line(row: Row) -> str:
+    """Return what decides an engine's speed beside its precision, from a measured row."""
+    made = row["configuration"]
+    limits, cache = made["limits"], made["cache"]
+    return (
+        f"{row['runner']} {row['dtype']}: max_num_seqs {limits['max_seqs']}, max_num_batched_tokens "
+        f"{limits['max_step_tokens']}, max_model_len {limits['max_model_len']}, KV of {made['plan']['kv_tokens']:,}, "
+        f"prefix caching {'on' if cache['prefix_caching'] else 'off'}, async scheduling "
+        f"{'on' if made['overlap'] else 'off'}, {row['options'] or 'no other option'}"
+    )
 
 
 def stamp() -> str:

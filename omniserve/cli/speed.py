@@ -15,7 +15,7 @@ from omniserve.cli.cases import Case, Measure, asked, left_over, precision_label
 from omniserve.cli.flags import NO_FLAGS, Common, EngineFlags, Whole, settings, whole_numbers
 from omniserve.cli.loading import cells, leaving_at_once, words
 from omniserve.cli.output import Bars, as_json, say, table
-from omniserve.cli.report import NO_REPORT_FLAGS, ReportFlags, check_plot, device_of, machine_line
+from omniserve.cli.report import NO_REPORT_FLAGS, ReportFlags, check_plot, configuration_line, device_of, machine_line
 
 if TYPE_CHECKING:
     from omniserve import LLM
@@ -211,6 +211,8 @@ def _tell(rows: list[Row], others: list[Row], report: ReportFlags, *, repeats: i
         as_json({**named, "repeats": repeats, **facts, "rows": compared})
     else:
         say(machine_line(facts))
+        for line in dict.fromkeys(configuration_line(row) for row in rows if "configuration" in row):
+            say(line)
         _print(compared, peer=peer, against=bool(others), repeats=repeats)
     if left is not None:
         say(left)
