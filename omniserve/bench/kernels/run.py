@@ -56,7 +56,7 @@ def gpu_sizes(shape: str, dtype: str, tokens: Sequence[int]) -> Sizes:
 
 def cases(sizes: Sizes, only: Sequence[str]) -> Iterator[Case]:
     """Yield the cases whose title holds one of these words, or all."""
-    for make in (pages.decode, pages.prompts, pages.writes, rowwise, pages.selection, linears):
+    for make in (pages.writes, rowwise, pages.selection, pages.decode, linears, pages.prompts):
         for case in make(sizes):
             if not only or any(word in case.title for word in only):
                 yield case

@@ -12,14 +12,19 @@ COLD = 200e6
 LEAST = 300.0
 """Microseconds that a captured graph takes at least: short calls are repeated in it."""
 
+MOST = 5e5
+"""Microseconds after which there are no more than three replays."""
+
 
 def microseconds(calls: Sequence[Callable[[], Any]], *, replays: int) -> float:
     """Return the median time of one of the calls, which have inputs of their own and run one after the other.
 
     They must not look at the device from the host. Three replays warm up.
     """
-    first = _timed(lambda: _run(calls), replays=2) / len(calls)
-    rounds = max(1, min(50, int(LEAST / max(first * len(calls), 1.0))))
+    _run(calls)  # kernels are compiled
+    first = _timed(lambda: _run(calls), replays=1)
+    rounds = max(1, min(50, int(LEAST / max(first, 1.0))))
+    replays = min(replays, max(3, int(MOST / max(first, 1.0))))
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch says no more
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
