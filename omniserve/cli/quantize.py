@@ -43,6 +43,7 @@ def quantize(
     static_kv: Literal["head", "tensor"] | None = None,
     quick: Annotated[bool, Parameter(negative="")] = False,
     check: bool = True,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
     json: Annotated[bool, Parameter(negative="")] = False,
     common: Common = Common(),  # noqa: ARG001, B008, RUF100  # the log level is read before; frozen
 ) -> None:
@@ -75,6 +76,8 @@ def quantize(
         Round to nearest with a clip search: no calibration, seconds instead of minutes, worse.
     check
         Compare perplexity before and after through the served path.
+    device
+        Where to compute; auto: a GPU that the kernels run on, else the CPU.
     json
         Print one JSON object.
     """
@@ -85,12 +88,12 @@ def quantize(
     chosen = _adjusted(chosen, samples, stride, without, static_kv)
     if quick:
         chosen = replace(chosen.without(recipes.PASSES), name=f"{chosen.name}-quick")
-    made = make(model, chosen, output, calibration=calibration, quiet=json)
+    made = make(model, chosen, output, calibration=calibration, device=device, quiet=json)
     if made.resumed:
         say(f"continued after {made.resumed} layers of an earlier run")
     if chosen.calibrated is False:
         warn("rounded to nearest without calibration (--quick): compare with `omniserve eval fidelity`")
-    scores = _compared(model, output) if check else {}
+    scores = _compared(model, output, device) if check else {}
     _draw(made.report, output)
     size = sum(file.stat().st_size for file in output.glob("*.safetensors"))
     if json:
@@ -104,18 +107,30 @@ def quantize(
 
 
 def make(
-    model: str, recipe: "Recipe", output: Path, *, calibration: Path | None = None, quiet: bool = False
+    model: str,
+    recipe: "Recipe",
+    output: Path,
+    *,
+    calibration: Path | None = None,
+    device: str = "auto",
+    quiet: bool = False,
 ) -> "Result":
     """Quantize a model into a folder, with progress bars unless quiet; continues what was begun there."""
     with leaving_at_once():
+        import torch
+
+        from omniserve.engine.device import find_device
         from omniserve.formats.checkpoint import open_checkpoint
         from omniserve.quantize.stream import quantize as run
         from omniserve.text import Tokenizer
+    where = torch.device(find_device(Options(device=device)).kind)
     source = open_checkpoint(model)
     tokenizer = Tokenizer.load(source)
     text = _calibration(source, tokenizer, recipe, calibration) if recipe.calibrated else None
     with Bars(quiet=quiet) as bars:
-        return run(source, recipe, output, calibration=text, files=tokenizer.files(), progress=bars.update)
+        return run(
+            source, recipe, output, calibration=text, files=tokenizer.files(), device=where, progress=bars.update
+        )
 
 
 def _adjusted(
@@ -159,11 +174,11 @@ def _draw(report: "Mapping[str, Any]", output: Path) -> None:
         (output / "quantize-report.png").write_bytes(png)
 
 
-def _compared(model: str, output: Path) -> "Mapping[str, Score]":
+def _compared(model: str, output: Path, device: str) -> "Mapping[str, Score]":
     """Return perplexity before and after, and the KL between them, through the served path."""
     from omniserve.evals.perplexity import measure
 
-    options = Options(max_model_len=WINDOW, max_num_seqs=1)
+    options = Options(max_model_len=WINDOW, max_num_seqs=1, device=device)
     with load(model, replace(options, precision="w16a16kv16"), quiet=True, brief=True) as before:
         if before.spec.context < WINDOW:
             raise ConfigError(f"the model's context of {before.spec.context} tokens is too short for the check")
