@@ -147,7 +147,7 @@ def build(
     loaded = time.perf_counter()
     engine, runner, stores = make_engine(decoder, kv, config, policy, scales, key_means(source, spec))
     if gpu and config.backend == "auto":
-        runner.prepare(graphs=captures(spec, policy))
+        runner.prepare(graphs=spec.experts is None)  # experts are chosen on the host
     gc.collect()
     gc.freeze()  # what is there now stays: with 1,024 requests the collector took 2.5 ms of every step to look at it
     prepared = time.perf_counter()
@@ -174,11 +174,6 @@ def build(
         heads=tuple(_letters(policy, layer, spec) for layer in range(spec.layers)),
         warnings=(*_labels(source), *_warnings(precision, scheme)),
     )
-
-
-def captures(spec: ModelSpec, policy: Policy) -> bool:
-    """Whether decode steps become CUDA graphs: experts are chosen on the host, and so are selected pages."""
-    return spec.experts is None and isinstance(policy, Dense)
 
 
 def open_source(
