@@ -69,7 +69,8 @@ def kernels(
     _need_gpu()
     import torch
 
-    from omniserve.bench.kernels.run import cases, compile_ahead, gpu_sizes, run, spec_of, steps
+    from omniserve.bench.kernels.run import cases, compile_ahead, gpu_sizes, run, spec_of
+    from omniserve.bench.kernels.sums import sums
 
     about = {"shape": shape, "dtype": dtype, "device": torch.cuda.get_device_name()}
     all_cases = cases(gpu_sizes(shape, dtype, counts), wanted)
@@ -92,8 +93,8 @@ def kernels(
             bars.update("kernels", len(list(results)), len(todo))
 
         run(todo, replays=replays, peers=peers, on_row=keep)
-    rows = [row for row in results if row["kind"] != "step"]
-    return _tell([*rows, *({**about, **row} for row in steps(rows, spec_of(shape).layers))], others, report, replays)
+    rows = [*results, *({**about, **row} for row in sums(list(results), spec_of(shape).layers))]
+    return _tell(rows, others, report, replays)
 
 
 def _need_gpu() -> None:

@@ -5,7 +5,8 @@ import torch
 
 from omniserve.bench.kernels.cases import Sizes, error
 from omniserve.bench.kernels.limits import CARDS
-from omniserve.bench.kernels.run import TOLERANCE, cases, spec_of, steps
+from omniserve.bench.kernels.run import TOLERANCE, cases, spec_of
+from omniserve.bench.kernels.sums import sums
 
 SIZES = Sizes(
     spec=spec_of("tiny"),
@@ -15,6 +16,7 @@ SIZES = Sizes(
     decode=((3, 70), (1, 9000)),
     prompts=((5, 70, None), (70, 70, None), (5, 70, 16)),
 )
+KV = {"w4a8-g128": "kv4", "w4a8-row": "kv4", "w8a8": "kv8", "w16a16": "kv16"}
 KINDS = (
     "decode", "prefill", "rope_write", "add_norm", "quantize", "swiglu", "sample greedy", "score_pages", "top_pages",
     "gemm", "gate_up_silu", "head",
@@ -58,20 +60,32 @@ def test_error_tells_wrong_results() -> None:
     assert error((x, x * 2), (x, x)) == pytest.approx(0.5**0.5)
 
 
-def test_a_step_is_the_sum_of_its_parts() -> None:
+def test_sums_are_those_of_their_parts() -> None:
+    peers = {"fp8": {"us": 6.0, "ratio": 2.0}, "int8": {"problem": "no such kernel"}}
     rows = [
-        {"kind": case.kind, "name": case.name, "size": case.size, "us": 3.0, "limit_us": 1.0, "ok": True}
+        {
+            "kind": case.kind,
+            "name": case.name,
+            "size": case.size,
+            "us": 3.0,
+            "limit_us": 1.0,
+            "ok": True,
+            "peers": peers,
+        }
         for case in cases(SIZES, [])
     ]
-    made = steps(rows, layers=2)
-    assert [(row["name"], row["size"]) for row in made] == [
-        (f"{form} {kv}", size)
-        for form, kv in (("w4a8-g128", "kv4"), ("w4a8-row", "kv4"), ("w8a8", "kv8"), ("w16a16", "kv16"))
-        for size in ("3 x 70", "1 x 9000")
-    ]
+    made = {(row["kind"], row["name"], row["size"]): row for row in sums(rows, layers=2)}
+    assert set(made) == {
+        *(("four products", form, tokens) for form in KV for tokens in ("1", "3")),
+        *(("step", f"{form} {kv}", size) for form, kv in KV.items() for size in ("3 x 70", "1 x 9000")),
+    }
+    products = made["four products", "w8a8", "3"]
+    assert (products["us"], products["limit_us"], products["peers"]) == (12, 4, {"fp8": {"us": 24, "ratio": 2}})
     # per layer four products, two norms, quantization, rotation, attention; head and sampling once
-    assert made[0]["us"] == 3 * (2 * 9 + 2)
-    assert made[-1]["us"] == 3 * (2 * 8 + 2)
-    assert made[0]["share"] == pytest.approx(1 / 3)
-    assert sum(made[0]["parts"].values()) == pytest.approx(1)
-    assert steps([row for row in rows if row["kind"] != "head"], layers=2) == []
+    step = made["step", "w4a8-g128 kv4", "3 x 70"]
+    assert step["us"] == 3 * (2 * 9 + 2)
+    assert step["share"] == pytest.approx(1 / 3)
+    assert sum(step["parts"].values()) == pytest.approx(1)
+    assert made["step", "w16a16 kv16", "1 x 9000"]["us"] == 3 * (2 * 8 + 2)
+    kinds = {row["kind"] for row in sums([row for row in rows if row["kind"] != "head"], layers=2)}
+    assert kinds == {"four products"}

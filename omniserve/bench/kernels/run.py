@@ -1,4 +1,4 @@
-"""Runs the cases: compiles ahead in several processes, checks, measures, and adds up whole decode steps."""
+"""Runs the cases: compiles ahead in several processes, checks, measures."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,6 @@ from omniserve.bench.kernels import pages
 from omniserve.bench.kernels.cases import Built, Case, Sizes, linears, rowwise
 from omniserve.bench.kernels.limits import CARDS, Card
 from omniserve.bench.kernels.timing import microseconds
-from omniserve.bench.results import Row
 from omniserve.formats.dummy import CONFIGS
 from omniserve.models.families import family
 from omniserve.ops.dispatch import load_kernels
@@ -32,9 +31,6 @@ PROMPTS = (
 
 TOLERANCE = 0.02
 """Relative error from which a result counts as wrong: 16-bit outputs and int8 codes stay far below."""
-
-STEPS = {"w4a8-g128": "kv4", "w4a8-row": "kv4", "w8a8": "kv8", "w16a16": "kv16"}
-"""Weight and KV formats of whole steps."""
 
 
 def spec_of(shape: str) -> ModelSpec:
@@ -126,45 +122,3 @@ def run(todo: Sequence[Case], *, replays: int, peers: bool, on_row: Callable[[di
     while left:
         on_row(measure(left.popleft(), card, replays=replays, peers=peers))
         torch.cuda.empty_cache()
-
-
-def steps(rows: Sequence[Row], layers: int) -> list[dict[str, Any]]:
-    """Return whole decode steps, added up from the rows that are there: all layers, head and sampling, no gaps."""
-    found = {(row["kind"], row["name"], row["size"]): row for row in rows if "us" in row}
-    made = []
-    for form, kv in STEPS.items():
-        for kind, name, size in found:
-            if (kind, name) != ("decode", kv):
-                continue
-            count = size.split(" ")[0]
-            act = "int8+sum"
-            once = {("head", "w16a16", count): 1, ("sample greedy", act, count): 1}
-            each = {
-                **{("gemm", f"{form} {linear}", count): layers for linear in ("qkv", "out", "down")},
-                ("gate_up_silu", form, count): layers,
-                ("add_norm", act, count): 2 * layers,
-                ("quantize", act, count): layers,
-                ("rope_write", kv, count): layers,
-                ("decode", kv, size): layers,
-            }
-            parts = {
-                key: times for key, times in {**each, **once}.items() if not (form == "w16a16" and key[0] == "quantize")
-            }
-            if not parts.keys() <= found.keys():
-                continue
-            total = sum(times * found[key]["us"] for key, times in parts.items())
-            bounds = [found[key]["limit_us"] for key in parts]
-            limit = None if None in bounds else sum(t * b for t, b in zip(parts.values(), bounds, strict=True))
-            made.append(
-                {
-                    "kind": "step",
-                    "name": f"{form} {kv}",
-                    "size": size,
-                    "us": total,
-                    "limit_us": limit,
-                    "share": None if limit is None else limit / total,
-                    "ok": all(found[key]["ok"] for key in parts),
-                    "parts": {" ".join(key[:2]): times * found[key]["us"] / total for key, times in parts.items()},
-                }
-            )
-    return made
