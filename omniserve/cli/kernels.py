@@ -3,9 +3,9 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from omniserve.base.config import SHAPES
+from omniserve.base.config import SHAPES, Options
 from omniserve.base.errors import ConfigError
 from omniserve.bench.results import Results, Row, ratio, read_rows
 from omniserve.cli import machine
@@ -15,15 +15,22 @@ from omniserve.cli.loading import cells, leaving_at_once, need_torch, words
 from omniserve.cli.output import Bars, as_json, say, table, warn
 from omniserve.cli.report import NO_REPORT_FLAGS, ReportFlags, check_plot, machine_line, stamp
 
+if TYPE_CHECKING:
+    from omniserve.base.spec import ModelSpec
+
+SHAPE = "llama-3-8b"
+
 TOKENS = "1,16,64,128,256,512,1024,2048,8192"
 
-KEYS = ("shape", "dtype", "kind", "name", "size", "device")
+KEYS = ("model", "dtype", "kind", "name", "size", "device")
 """What tells rows apart."""
 
 
 def kernels(
+    model: str | None = None,
+    /,
     *,
-    shape: str = "llama-3-8b",
+    shape: str | None = None,
     dtype: Literal["float16", "bfloat16"] = "float16",
     only: str | None = None,
     tokens: str = TOKENS,
@@ -41,8 +48,10 @@ def kernels(
 
     Parameters
     ----------
+    model
+        A .gguf file, a model folder or a name on huggingface.co (ORG/NAME) whose sizes are measured; nothing is loaded.
     shape
-        Model whose sizes are measured.
+        Published model instead of MODEL (default llama-3-8b).
     dtype
         Type of what is not quantized.
     only
@@ -56,8 +65,9 @@ def kernels(
     jobs
         Processes that compile kernels ahead (default 8, or fewer with fewer cores); 1: none.
     """
-    if shape not in SHAPES or shape == "tiny":
-        raise ConfigError(f"--shape {shape}: must be one of {', '.join(SHAPES[1:])}")
+    if shape is not None and (model is not None or shape not in SHAPES[1:]):
+        allowed = "instead of MODEL, leave one out" if model is not None else f"one of {', '.join(SHAPES[1:])}"
+        raise ConfigError(f"--shape {shape}: must be {allowed}")
     counts = whole_numbers(tokens, "--tokens")
     for name, value in {"tokens": min(counts), "replays": replays, "jobs": jobs or 1}.items():
         if value < 1:
@@ -69,11 +79,12 @@ def kernels(
     _need_gpu()
     import torch
 
-    from omniserve.bench.kernels.run import cases, compile_ahead, gpu_sizes, run, spec_of
+    from omniserve.bench.kernels.run import cases, compile_ahead, gpu_sizes, run
     from omniserve.bench.kernels.sums import sums
 
-    about = {"shape": shape, "dtype": dtype, "device": torch.cuda.get_device_name()}
-    all_cases = cases(gpu_sizes(shape, dtype, counts), wanted)
+    spec = _spec(model, shape or SHAPE)
+    about = {"model": model or shape or SHAPE, "dtype": dtype, "device": torch.cuda.get_device_name()}
+    all_cases = cases(gpu_sizes(spec, dtype, counts), wanted)
     todo = [
         case
         for case in all_cases
@@ -85,7 +96,7 @@ def kernels(
         )
     processes = min(jobs or min(8, os.cpu_count() or 1), len(todo))
     if processes > 1:
-        compile_ahead(shape, dtype, counts, [case.title for case in todo], processes)
+        compile_ahead(spec, dtype, counts, [case.title for case in todo], processes)
     with Bars(quiet=report.json) as bars:
 
         def keep(row: dict[str, Any]) -> None:
@@ -93,8 +104,18 @@ def kernels(
             bars.update("kernels", len(list(results)), len(todo))
 
         run(todo, replays=replays, peers=peers, on_row=keep)
-    rows = [*results, *({**about, **row} for row in sums(list(results), spec_of(shape).layers))]
+    rows = [*results, *({**about, **row} for row in sums(list(results), spec.layers))]
     return _tell(rows, others, report, replays)
+
+
+def _spec(model: str | None, shape: str) -> "ModelSpec":
+    """Return the numbers of a model. Raises OmniserveError."""
+    from omniserve.engine.build import open_source
+    from omniserve.models.families import family
+
+    options = Options(load_format="dummy", shape=shape) if model is None else Options()
+    config = open_source(model, options).config
+    return family(config).spec(config)
 
 
 def _need_gpu() -> None:
@@ -115,7 +136,7 @@ def _tell(rows: Sequence[Row], others: Sequence[Row], report: ReportFlags, repla
     if report.plot is not None:
         _draw(compared, report.plot, title=machine_line(facts))
     if report.json:
-        as_json({"shape": rows[0]["shape"], "replays": replays, **facts, "rows": compared})
+        as_json({"model": rows[0]["model"], "replays": replays, **facts, "rows": compared})
     else:
         say(machine_line(facts))
         _print(compared, others=bool(others), replays=replays)
@@ -142,7 +163,7 @@ def _print(rows: Sequence[dict[str, Any]], *, others: bool, replays: int) -> Non
         ]
         for row in rows
     ]
-    title = f"{rows[0]['shape']}, {rows[0]['dtype']}, median of {replays} replays; peers: their time over ours"
+    title = f"{rows[0]['model']}, {rows[0]['dtype']}, median of {replays} replays; peers: their time over ours"
     table(columns, [cells(row) for row in made], title=title)
 
 

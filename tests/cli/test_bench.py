@@ -163,7 +163,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "_need_gpu", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setattr("omniserve.bench.kernels.cases.COLD", 1.0)
-    monkeypatch.setattr(kernels_run, "gpu_sizes", lambda shape, dtype, tokens: sizes)
+    monkeypatch.setattr(kernels_run, "gpu_sizes", lambda spec, dtype, tokens: sizes)
     monkeypatch.setattr(kernels_run, "microseconds", lambda calls, replays: 10.0)
 
 
@@ -171,7 +171,7 @@ KERNELS = ("bench", "kernels", "--tokens", "2", "--jobs", "1", "--results", "k.j
 
 
 @pytest.mark.usefixtures("card")
-def test_kernels(run: Run, tmp_path: Path) -> None:
+def test_kernels(run: Run, tmp_path: Path, tiny: Path) -> None:
     found = json.loads(done(run(*KERNELS, "--json", "--plot", "p.png")).out)
     rows = {(row["kind"], row["name"]): row for row in found["rows"]}
     product = rows["gemm", "w4a8-g128 qkv"]
@@ -181,6 +181,8 @@ def test_kernels(run: Run, tmp_path: Path) -> None:
     assert (tmp_path / "p.png").read_bytes().startswith(PNG)
     again = done(run(*KERNELS, "--compare", "k.json", "--only", "decode kv4"))
     assert "decode kv4" in again.out
+    measured = json.loads(done(run("bench", "kernels", tiny, "--only", "add_norm", "--jobs", "1", "--json")).out)
+    assert [(row["model"], row["kind"]) for row in measured["rows"]] == [(str(tiny), "add_norm")]
     assert "against" in again.out
     check_refusal(run("bench", "kernels", "--only", "nothing", "--jobs", "1"), "--only nothing")
 
@@ -232,6 +234,7 @@ REFUSED = {
     "plot": (["throughput", "m", "--plot", "p.jpg"], ["--plot p.jpg", ".png"]),
     "no GPU": (["kernels"], ["bench kernels measures kernels on an NVIDIA GPU: this torch", "CUDA"]),
     "a model's shape": (["kernels", "--shape", "tiny"], ["--shape tiny", "llama-3-8b"]),
+    "model and shape": (["kernels", "m", "--shape", "llama-3-8b"], ["instead of MODEL"]),
     "replays": (["kernels", "--replays", "0"], ["--replays 0"]),
     "counts": (["kernels", "--tokens", "0,1"], ["--tokens 0"]),
     "no model": (["latency"], ["MODEL is missing"]),

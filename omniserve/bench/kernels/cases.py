@@ -240,15 +240,16 @@ def rowwise(sizes: Sizes) -> Iterator[Case]:
         "add_norm": (norm, 7 * spec.hidden),
         "quantize": (codes, 3 * spec.heads * spec.head_dim),
         "swiglu": (gate, 9 * spec.ffn),
-        "sample greedy": (greedy, 2 * spec.vocab),
+        "sample": (greedy, 2 * spec.vocab),
     }
     for kind, (make, each) in kinds.items():
         for tokens in sizes.tokens:
-            if kind == "sample greedy" and tokens > 1024:
+            if kind == "sample" and tokens > 1024:
                 continue
 
             def build(copies: int | None, make: Any = make, tokens: int = tokens, each: int = each) -> Built:
                 calls = [make(tokens) for _ in range(cold(tokens * each, copies, most=16))]
                 return Built(calls=calls, check=against(calls[0]))
 
-            yield Case(kind=kind, name=wants.value, size=str(tokens), work=Work(bytes=tokens * each), build=build)
+            name = "greedy" if kind == "sample" else wants.value
+            yield Case(kind=kind, name=name, size=str(tokens), work=Work(bytes=tokens * each), build=build)

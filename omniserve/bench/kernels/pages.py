@@ -1,10 +1,12 @@
 """What is measured of the pages: writing them, reading them, choosing them."""
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from omniserve.base.config import KVName
 from omniserve.base.numbers import ceil_div
@@ -107,14 +109,22 @@ def _decode(name: KVName, rows: int, context: int, sizes: Sizes, nbytes: float) 
             with force_reference():
                 return error(found, made[0][1](count))
 
-        peers = {"torch 16 bit": lambda: _sdpa(rows, 1, context, sizes, causal=False)}
-        return Built(calls=[call for call, _ in made], check=check, peers=peers)
+        return Built(calls=[call for call, _ in made], check=check, peers=_torch(rows, 1, context, sizes, causal=False))
 
     return build
 
 
-def _sdpa(rows: int, tokens: int, context: int, sizes: Sizes, *, causal: bool) -> Calls:
-    """Return torch's attention over keys and values that lie in one piece."""
+def _torch(rows: int, tokens: int, context: int, sizes: Sizes, *, causal: bool) -> dict[str, Callable[[], Calls]]:
+    """Return torch's attention over 16-bit keys and values that lie in one piece: its own choice, and cuDNN's."""
+    return {
+        "torch": lambda: _sdpa(rows, tokens, context, sizes, causal=causal),
+        "cudnn": lambda: _sdpa(rows, tokens, context, sizes, causal=causal, backends=[SDPBackend.CUDNN_ATTENTION]),
+    }
+
+
+def _sdpa(
+    rows: int, tokens: int, context: int, sizes: Sizes, *, causal: bool, backends: Sequence[SDPBackend] | None = None
+) -> Calls:
     spec = sizes.spec
     like: Any = {"device": sizes.device, "dtype": sizes.dtype}
     nbytes = 4.0 * rows * context * spec.kv_heads * spec.head_dim
@@ -123,7 +133,12 @@ def _sdpa(rows: int, tokens: int, context: int, sizes: Sizes, *, causal: bool) -
         q = torch.randn(rows, spec.heads, tokens, spec.head_dim, **like)
         k, v = (torch.randn(rows, spec.kv_heads, context, spec.head_dim, **like) for _ in range(2))
         gqa = spec.heads != spec.kv_heads
-        return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa)
+
+        def call() -> Tensor:
+            with contextlib.nullcontext() if backends is None else sdpa_kernel(list(backends)):
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa)
+
+        return call
 
     return [one() for _ in range(cold(nbytes, None, most=24))]
 
@@ -173,7 +188,7 @@ def _prompt(name: KVName, tokens: int, context: int, local: int | None, sizes: S
                 return error(found, call())
 
         square = tokens == context and local is None
-        peers = {"torch 16 bit": lambda: _sdpa(1, tokens, context, sizes, causal=True)} if square else {}
+        peers = _torch(1, tokens, context, sizes, causal=True) if square else {}
         return Built(calls=[call], check=check, peers=peers)
 
     return build

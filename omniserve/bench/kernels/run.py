@@ -38,10 +38,10 @@ def spec_of(shape: str) -> ModelSpec:
     return family(CONFIGS[shape]).spec(CONFIGS[shape])
 
 
-def gpu_sizes(shape: str, dtype: str, tokens: Sequence[int]) -> Sizes:
+def gpu_sizes(spec: ModelSpec, dtype: str, tokens: Sequence[int]) -> Sizes:
     """Return the sizes of the cases on the GPU here."""
     return Sizes(
-        spec=spec_of(shape),
+        spec=spec,
         device=torch.device("cuda"),
         dtype=getattr(torch, dtype),
         tokens=tokens,
@@ -58,21 +58,21 @@ def cases(sizes: Sizes, only: Sequence[str]) -> Iterator[Case]:
                 yield case
 
 
-def compile_ahead(shape: str, dtype: str, tokens: Sequence[int], titles: Sequence[str], jobs: int) -> None:
+def compile_ahead(spec: ModelSpec, dtype: str, tokens: Sequence[int], titles: Sequence[str], jobs: int) -> None:
     """Run each case once, shared by processes: what they compile lies in Triton's cache on the disk afterwards."""
     context = get_context("spawn")
     shares = [titles[place::jobs] for place in range(jobs)]
-    running = [context.Process(target=_compile, args=(shape, dtype, tokens, share)) for share in shares if share]
+    running = [context.Process(target=_compile, args=(spec, dtype, tokens, share)) for share in shares if share]
     for process in running:
         process.start()
     for process in running:
         process.join()
 
 
-def _compile(shape: str, dtype: str, tokens: Sequence[int], titles: Sequence[str]) -> None:
+def _compile(spec: ModelSpec, dtype: str, tokens: Sequence[int], titles: Sequence[str]) -> None:
     load_kernels("cuda")
     wanted = set(titles)
-    for case in cases(gpu_sizes(shape, dtype, tokens), ()):
+    for case in cases(gpu_sizes(spec, dtype, tokens), ()):
         if case.title in wanted:
             try:
                 case.build(1).calls[0]()

@@ -47,7 +47,7 @@ def _step(form: str, size: str, layers: int) -> dict[Key, int]:
         ("rope_write", _KV[form], count): layers,
         ("decode", _KV[form], size): layers,
         ("head", "w16a16", count): 1,
-        ("sample greedy", _ACT, count): 1,
+        ("sample", "greedy", count): 1,
     }
     return parts if form == "w16a16" else parts | {("quantize", _ACT, count): layers}
 
