@@ -264,11 +264,11 @@ def _selection(arch: int) -> Iterator[Spec]:
                 kernel=statistics.statistics_kernel,
                 types={
                     "slots": "*i64", "codes": "*bf16" if bits == 16 else "*u8", "scales": "*fp16",
-                    "statistics": "*fp16", "tokens": "i32", "kv_heads": "i32",
+                    "statistics": "*fp16", "tokens": "i32", "kv_heads": "i32", "each": "i32",
                 },
                 constants=statistics.constants(head_dim, bits),
                 warps=statistics.warps_of(head_dim),
-                loose=("slots", "tokens", "kv_heads"),
+                loose=("slots", "tokens", "kv_heads", "each"),
                 fusion=False,
                 first=first and bits == 4,
             )  # fmt: skip

@@ -136,6 +136,7 @@ def choose_kernel(
     pages,
     LP: tl.constexpr,
     WIDE: tl.constexpr,  # pages, rounded up to a power of two
+    GROUPS: tl.constexpr,  # at least `budget`, unless that is more than there are pages
 ):
     """The list of a row for one key head, from the scores of the row that chose: itself, or one before it."""
     head = tl.program_id(0)
@@ -173,8 +174,10 @@ def choose_kernel(
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # ordered like the scores
     wanted = budget - 2
     key = tl.where(open_, key, -2147483648)
-    # At least `wanted` keys are not below `least`, fewer are not below `most`.
-    least = tl.min(tl.where(open_, key, 0x7FFFFFFF), 0).to(tl.int64)
+    # At least `wanted` keys are not below `least`, fewer are not below `most`. Of every `GROUPS`-th page the best key
+    # is such a `least`, as there are at least as many of them as are wanted: it saves half of the turns.
+    best = tl.min(tl.max(tl.reshape(key, (WIDE // GROUPS, GROUPS)), 0), 0)
+    least = tl.maximum(tl.min(tl.where(open_, key, 0x7FFFFFFF), 0), best).to(tl.int64)
     most = tl.max(key, 0).to(tl.int64) + 1
     while most - least > 1:
         middle = (least + most) // 2
@@ -257,7 +260,8 @@ def stages_of(head_dim: int) -> int:
 
 def choose_constants(pages: int, budget: int) -> dict[str, int]:
     """Return what `choose_kernel` is compiled for."""
-    return {"LP": triton.next_power_of_2(budget + 1), "WIDE": triton.next_power_of_2(pages)}
+    wide = triton.next_power_of_2(pages)
+    return {"LP": triton.next_power_of_2(budget + 1), "WIDE": wide, "GROUPS": min(wide, triton.next_power_of_2(budget))}
 
 
 def warps_of(narrow: dict[str, int]) -> int:

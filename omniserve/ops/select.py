@@ -97,10 +97,13 @@ def score_tiles(q: Tensor, statistics: Tensor, ids: Tensor, pages: Tensor, scale
     Otherwise as `score_pages`. The bound of a page takes the place of its scores in a softmax over the pages.
     Returns [R, H, P].
     """
-    bounds = _bounds(q, statistics, ids).amax(4) * scale  # [R, H, G * t, P]
     used = torch.arange(ids.shape[1], device=ids.device) < pages[:, None]
-    shares = torch.softmax(bounds.masked_fill(~used[:, None, None], float("-inf")), -1)
-    return shares.sum(2)
+    shares = []
+    for row in range(q.shape[0]):  # one after the other: the bounds of one at 256K tokens take a few hundred megabytes
+        of = slice(row, row + 1)
+        bounds = _bounds(q[of], statistics, ids[of]).amax(4) * scale  # [1, H, G * t, P]
+        shares.append(torch.softmax(bounds.masked_fill(~used[of, None, None], float("-inf")), -1).sum(2))
+    return torch.cat(shares)
 
 
 def _bounds(q: Tensor, statistics: Tensor, ids: Tensor) -> Tensor:
