@@ -23,3 +23,7 @@ class RequestError(OmniserveError):
 
 class ServerError(OmniserveError):
     """A server that cannot be reached, or that refuses what it was asked."""
+
+
+class DeviceMemoryError(OmniserveError):
+    """A step needs more memory than the device has left; nothing of it counts."""

@@ -4,6 +4,7 @@ from collections import deque
 from typing import Protocol
 
 from omniserve.base import log
+from omniserve.base.errors import DeviceMemoryError
 from omniserve.base.types import Output, Request, Step, StepResult
 from omniserve.engine.scheduler import Scheduler
 
@@ -21,7 +22,7 @@ class Executor(Protocol):
     """Runs steps, in the order of submission."""
 
     def submit(self, step: Step) -> Handle:
-        """Hand a step to the ranks."""
+        """Hand a step to the ranks. Raises DeviceMemoryError, and then nothing of it counts."""
 
     def close(self) -> None:
         """Stop the ranks."""
@@ -30,8 +31,10 @@ class Executor(Protocol):
 class Engine:
     """Owns a scheduler, an executor and the steps in flight: with overlap one while the next is planned, else none.
 
-    An exception leaves `step` as it came. If it was the executor's the requests in flight are aborted, if it was the
-    plan's the one whose turn it was; the others start again, and what was already known comes with the next call.
+    A step for which the device has not memory enough is cut: its requests start again, in smaller steps from then on.
+    Any other exception leaves `step` as it came. If it was the executor's the requests in flight are aborted, if it
+    was the plan's the one whose turn it was; the others start again, and what was already known comes with the next
+    call.
     """
 
     def __init__(self, scheduler: Scheduler, executor: Executor, *, overlap: bool) -> None:
@@ -63,7 +66,13 @@ class Engine:
             raise
         try:
             if step.works:
-                self._flight.append((step, self.executor.submit(step)))
+                try:
+                    self._flight.append((step, self.executor.submit(step)))
+                except DeviceMemoryError as error:
+                    if not self.scheduler.retreat(step):
+                        raise
+                    _LOG.warning("smaller steps %s", log.fields(tokens=self.scheduler.step_tokens, reason=error))
+                    step = Step(works=())
             ahead = 1 if step.works and not step.sync and self.overlap else 0
             while len(self._flight) > ahead:
                 issued, handle = self._flight.popleft()

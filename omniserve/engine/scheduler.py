@@ -203,6 +203,32 @@ class Scheduler:
         self._finish(at, "abort")
         return [_output(at, ())]
 
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step, at most."""
+        return self._limits.max_step_tokens
+
+    def retreat(self, step: Step) -> bool:
+        """Take back the newest step, which did not run, and let no step be as large again.
+
+        Its requests are preempted. False, and nothing changed, if steps cannot be smaller.
+        """
+        assert self._flying and self._flying[-1][0] is step, step
+        least = max(self._limits.max_seqs + (TILE if self._limits.tiles_from is not None else 0), PAGE)
+        smaller = max(min(step.tokens, self._limits.max_step_tokens) // 2, least)
+        if smaller >= step.tokens:
+            return False
+        self._limits = replace(self._limits, max_step_tokens=smaller)
+        _, served = self._flying.pop()
+        for work, request in zip(step.works, served, strict=True):
+            request.flights -= 1
+            request.drawn -= work.draws
+            if work.logits == "all":
+                request.scored = min(request.scored, work.start)
+            if not request.finished and request.slot is not None:
+                self._preempt(request)
+        return True
+
     def _behind(self, request: Request) -> bool:
         """True while the pages that a request could share with its leader are not computed yet."""
         leader = request.leader

@@ -9,7 +9,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from omniserve.base.errors import DeviceMemoryError
 from omniserve.base.types import Request, SamplingParams
+from omniserve.models.decoder import LayerStores
+from omniserve.ops.batch import Batch
 from tests.engine.harness import Ask, Loaded, Shape, alone, load, outputs, request, serve
 
 POISON = 5
@@ -81,6 +84,51 @@ def test_a_request_that_breaks_midway_keeps_what_it_had(model: Loaded) -> None:
     assert tuple(got) == free[:4]
     assert not engine.has_work
     assert serve(engine, [ask]) == [free]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_step_that_is_too_large_is_cut(model: Loaded, overlap: bool) -> None:
+    """Any step of more than 70 tokens runs out of memory: everything is answered as ever, in smaller ones."""
+    expected = alone(model, SOUND)
+    engine, runner = model.engine(Shape(overlap=overlap, step=256))
+    real, sizes = runner.model, list[int]()
+
+    class Small:
+        embedding, logits, spec = real.embedding, real.logits, real.spec
+
+        @staticmethod
+        def hidden(batch: Batch, stores: LayerStores) -> torch.Tensor:
+            sizes.append(batch.tokens.shape[0])
+            if sizes[-1] > 70:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+            return real.hidden(batch, stores)
+
+    runner.model = Small()  # type: ignore[assignment]  # all that a runner asks of a model
+    assert serve(engine, SOUND) == expected
+    engine.scheduler.check()
+    assert max(sizes) > 70 >= engine.scheduler.step_tokens == 64
+    assert engine.scheduler.stats.preemptions >= 1
+
+
+def test_a_step_that_cannot_be_smaller_fails(model: Loaded) -> None:
+    engine, runner = model.engine(Shape())
+
+    class Full:
+        embedding, logits, spec = runner.model.embedding, runner.model.logits, runner.model.spec
+
+        @staticmethod
+        def hidden(batch: Batch, stores: LayerStores) -> torch.Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    real = runner.model
+    runner.model = Full()  # type: ignore[assignment]  # all that a runner asks of a model
+    engine.add(request("a", Ask(prompt=prompt(1, 200))))
+    with pytest.raises(DeviceMemoryError, match=r"a step of \d+ tokens: CUDA out of memory"):
+        engine.drain()
+    assert [output.finish for output in engine.drain()] == ["abort"]
+    engine.scheduler.check()
+    runner.model = real
+    assert serve(engine, SOUND) == alone(model, SOUND)
 
 
 def test_scored_prompts_are_looked_at_too(model: Loaded) -> None:
