@@ -9,6 +9,7 @@ Gluon, the language of this kernel, is experimental: `linear.GLUON` names the ve
 """
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from omniserve.base.numbers import ceil_div
 from omniserve.formats.blocks import SIDE
+from omniserve.kernels.device import SHARED_BYTES
 
 GROUPS = 2
 """Groups of warps that multiply."""
@@ -326,9 +328,20 @@ def launch(
         TensorDescriptor.from_tensor(w.view(torch.uint8).view(-1), [256], gl.NVMMASharedLayout(0, 8, rank=1)),
         TensorDescriptor.from_tensor(y, [bm, bn], _layout(bm, bn, ELEMENTS[y.dtype])),
         a, total, scale, zero, bias, sums, _flags(x.device), m, n, blocks,
-        **constants(tile, bits=bits, grouped=grouped, zero=has_zero, bias=has_bias, stream=stream),
+        **constants(
+            fitted(tile, y.element_size(), bits=bits, grouped=grouped),
+            bits=bits, grouped=grouped, zero=has_zero, bias=has_bias, stream=stream,
+        ),
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def fitted(tile: Any, element: int, *, bits: int, grouped: bool) -> Any:
+    """Return a tile with as many stages as shared memory holds beside results of so many bytes each."""
+    bm, bn = tile.tokens, tile.weights // GROUPS
+    stage = bm * SIDE + tile.weights * SIDE * bits // 8 + (256 * ceil_div(tile.weights, SIDE) if grouped else 0)
+    room = SHARED_BYTES[90] - 2048 - GROUPS * bm * bn * element  # barriers and alignment take the 2 KiB
+    return replace(tile, stages=min(tile.stages, room // stage))
 
 
 def constants(tile: Any, *, bits: int, grouped: bool, zero: bool, bias: bool, stream: bool) -> dict[str, Any]:
