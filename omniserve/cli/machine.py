@@ -123,6 +123,7 @@ def implementations(device: str, *, reference: bool = False) -> dict[str, dict[s
             test = one.when.__name__
             why = "needs no self-test" if test == "<lambda>" else f"passed its self-test {test}"
             why = f"needs {one.needs}, which is here" if one.needs else why
+            why = "; ".join(filter(None, (why, one.inside())))
         else:
             failed = [
                 f"{one.name} needs {one.needs}" if one.needs else f"{one.name} failed its self-test {one.when.__name__}"

@@ -106,6 +106,7 @@ class Assembler:
             longest=max(plan.seq_len),
             tiles=len(plan.slots) - chunks,
             cuts=cut_rows((seq_len[:singles] + PAGE - 1) // PAGE) if singles else None,
+            chunks=plan.positions_of(range(singles, len(plan.slots))),
         )
         batch = self._batch(tokens, positions, owners, slots, prompts, rows, work)
         spans = [sorted(plan.spans[number], key=lambda run: run[0]) for number in range(len(step.works))]
@@ -180,6 +181,11 @@ class _Plan:
         if first < last:
             assert first % TILE == 0, f"a chunk begins within a tile: {work}"
             self._take(number, work, range(first, last), (*range(first + TILE, last, TILE), last))
+
+    def positions_of(self, rows: range) -> tuple[range, ...]:
+        """Return the positions of the queries of these rows."""
+        ends = ((self.seq_len[row], self.cu_q[row + 1] - self.cu_q[row]) for row in rows)
+        return tuple(range(end - count, end) for end, count in ends)
 
     def _take(self, number: int, work: Work, positions: range, ends: Sequence[int]) -> None:
         """Append adjacent positions as rows that end where `ends` says."""

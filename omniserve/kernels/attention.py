@@ -23,7 +23,7 @@ from omniserve.base.types import PAGE
 from omniserve.formats.kv import LayerPages
 from omniserve.kernels.codes import halves
 from omniserve.kernels.device import INTERPRETED, kernel_of, need, processors
-from omniserve.kernels.prefill import attend_prompts
+from omniserve.kernels.prefill import Prompts, attend_prompts, serving
 from omniserve.kernels.write import checked
 from omniserve.ops.batch import MOST_PIECES, PIECE, Reading, Rows, Workspace
 from omniserve.ops.pages import HeadGroup, attend, cut_rows, pieces_of
@@ -309,7 +309,7 @@ def cut_constants() -> dict[str, int]:
     return {"PIECE": PIECE, "MOST": MOST_PIECES, "BLOCK": 1024}
 
 
-@kernel_of(attend)
+@kernel_of(attend, inside=serving)
 def attend_triton(
     q: Tensor, groups: tuple[HeadGroup, ...], rows: Rows, out: Tensor, work: Workspace, *, scale: float
 ) -> None:
@@ -330,7 +330,7 @@ def attend_triton(
             if reading.rows.start < border:
                 _attend_produced(q, group, reading, range(reading.rows.start, border), rows, out, scale)
             if border < reading.rows.stop:
-                attend_prompts(q, group, reading, range(border, reading.rows.stop), rows, out, scale)
+                attend_prompts(Prompts(q, out, group, reading, range(border, reading.rows.stop), rows, scale))
 
 
 def _attend_produced(

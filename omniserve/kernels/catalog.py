@@ -6,7 +6,7 @@ and 8 key heads, D = 128) and SmolLM2-135M (hidden 576, D = 64, groups of 3).
 
 from collections.abc import Iterator
 
-from omniserve.kernels import attention, hopper, linear, prefill, rows, select, statistics, write
+from omniserve.kernels import attention, flash, hopper, linear, prefill, rows, select, statistics, write
 from omniserve.kernels.ahead import Spec
 from omniserve.kernels.tiles import Tile, choose, default
 
@@ -29,8 +29,20 @@ GLUON_LOOPS = {"g128": 200, "row": 115, "w8a8": 60}
 """The same of the kernel for compute capability 9.0."""
 
 
-ATTEND_LOOPS = {4: (1900, 1500), 8: (2000, 1750), 16: (900, 480)}
-"""SASS instructions of one turn of attention's loop, by bits: of prompts, and of produced positions."""
+ATTEND_LOOPS = {4: 1500, 8: 1750, 16: 480}
+"""SASS instructions of one turn of a produced position's loop, by bits."""
+
+PROMPT_LOOP = 1000
+"""SASS instructions of one turn of a prompt tile's loop."""
+
+FLASH_LOOP = 1400
+"""The same of the kernel for compute capability 9.0, with the loop over its tiles."""
+
+FLOATS = r"mma\S*\.f32\.(f16|bf16)"
+"""16-bit products; those of produced positions have 16 rows, too few for Hopper's own."""
+
+SHAPES = ((4, 128), (3, 64), (1, 128), (8, 256), (1, 80))
+"""Query heads per key head, and their dims."""
 
 SCORE_LOOPS = {64: 400, 128: 400, 256: 700}
 """Budget of the scorer's loop, by head dims."""
@@ -43,6 +55,7 @@ def specs(arch: int) -> Iterator[Spec]:
     yield from _write(arch)
     yield from _attention(arch)
     yield from _selection(arch)
+    yield from _prefill(arch)
 
 
 def _linear(arch: int) -> Iterator[Spec]:
@@ -167,37 +180,32 @@ def _write(arch: int) -> Iterator[Spec]:
 
 def _attention(arch: int) -> Iterator[Spec]:
     model = "*bf16"
-    for group, head_dim in ((4, 128), (3, 64), (1, 128), (8, 256)):
+    for group, head_dim in SHAPES:
         for bits in (4, 8, 16):
-            for single in (True, False):
-                element = model if bits == 16 else "*u8"
-                sparse = group == 4 and bits == 4
-                kinds = {"listed": sparse, "slots": not sparse, "to": sparse, "window": sparse}
-                home = attention if single else prefill
-                flags = home.constants(group, head_dim, bits, **kinds)
-                types = {
-                    "q": model, "out": model, "codes": element,
-                    "scales": "*fp16", "ids": "*i32", "index": "*i32", "count": "*i32", "slots": "*i64",
-                    "to": "*i64", "seq_len": "*i32", "rows": "i32", "kv_heads": "i32",
-                    "q_stride": "i32", "out_stride": "i32", "out_head": "i32", "ids_row": "i32",
-                    "ids_head": "i32", "scale": "fp32", "sink": "i32", "local": "i32",
-                }  # fmt: skip
-                own = {"parts": "*fp32", "norms": "*fp32", "cuts": "*i32", "places": "i32"}
-                types |= own if single else {"cu_q": "*i32"}
-                yield Spec(
-                    name=f"attend kv{bits}, {group} heads of {head_dim}, {'produced' if single else 'prompt'}",
-                    arch=arch,
-                    kernel=attention.attend_kernel if single else prefill.prompt_kernel,
-                    types=types,
-                    constants=flags,
-                    warps=home.warps_of(flags),
-                    stages=home.stages_of(flags),
-                    loose=("rows", "kv_heads", "out_head", "ids_row", "ids_head", "places", "sink", "local", "cu_q",
-                           "cuts", "seq_len", "count"),
-                    matrix=_float(arch, single=single),
-                    longest=ATTEND_LOOPS[bits][single],
-                    first=arch == 90 and (group, bits) == (4, 4),
-                )  # fmt: skip
+            sparse = group == 4 and bits == 4
+            flags = attention.constants(
+                group, head_dim, bits, listed=sparse, slots=not sparse, to=sparse, window=sparse
+            )
+            yield Spec(
+                name=f"attend kv{bits}, {group} heads of {head_dim}, produced",
+                arch=arch,
+                kernel=attention.attend_kernel,
+                types={
+                    "q": model, "out": model, "parts": "*fp32", "norms": "*fp32",
+                    "codes": model if bits == 16 else "*u8", "scales": "*fp16", "ids": "*i32", "index": "*i32",
+                    "count": "*i32", "slots": "*i64", "to": "*i64", "cuts": "*i32", "seq_len": "*i32", "rows": "i32",
+                    "kv_heads": "i32", "q_stride": "i32", "out_stride": "i32", "out_head": "i32", "ids_row": "i32",
+                    "ids_head": "i32", "places": "i32", "scale": "fp32", "sink": "i32", "local": "i32",
+                },
+                constants=flags,
+                warps=attention.warps_of(flags),
+                stages=attention.stages_of(flags),
+                loose=("rows", "kv_heads", "out_head", "ids_row", "ids_head", "places", "sink", "local", "cuts",
+                       "seq_len", "count"),
+                matrix=FLOATS,
+                longest=ATTEND_LOOPS[bits],
+                first=arch == 90 and (group, bits) == (4, 4),
+            )  # fmt: skip
     yield Spec(
         name="combine 128",
         arch=arch,
@@ -274,9 +282,65 @@ def _selection(arch: int) -> Iterator[Spec]:
             )  # fmt: skip
 
 
-def _float(arch: int, *, single: bool) -> str:
-    """Return the pattern of 16-bit products: those of produced positions have 16 rows, too few for Hopper's own."""
-    return r"mma\S*\.f32\.(f16|bf16)"
+def _prefill(arch: int) -> Iterator[Spec]:
+    model = "*bf16"
+    for group, head_dim in SHAPES:
+        for bits in (4, 8, 16):
+            sparse = group == 4
+            yield Spec(
+                name=f"gather kv{bits}, heads of {head_dim}",
+                arch=arch,
+                kernel=prefill.gather_kernel,
+                types={
+                    "k": model, "v": model, "plan": "*i32", "codes": model if bits == 16 else "*u8", "scales": "*fp16",
+                    "ids": "*i32", "index": "*i32", "count": "*i32", "slots": "*i64", "cu_q": "*i32",
+                    "seq_len": "*i32", "rows": "i32", "pages": "i32", "tiles": "i32", "places": "i32", "heads": "i32",
+                    "head0": "i32", "ids_row": "i32", "ids_head": "i32", "sink": "i32", "local": "i32",
+                },
+                constants=prefill.gather_constants(
+                    8, head_dim, bits, slots=not sparse, listed=group == 3, some=sparse, window=sparse
+                ),
+                warps=4,
+                loose=("rows", "pages", "tiles", "places", "heads", "head0", "ids_row", "ids_head", "sink", "local",
+                       "count", "cu_q", "seq_len"),
+                first=arch == 90 and (group, bits) == (4, 4),
+            )  # fmt: skip
+        for window in (False, True):
+            if arch == 90 and flash.serves(head_dim):
+                yield Spec(
+                    name=f"gluon attend {group} heads of {head_dim}, prompts{', window' if window else ''}",
+                    arch=arch,
+                    kernel=flash.flash_gluon_kernel,
+                    types=flash.boxes(head_dim, "bf16")
+                    | {
+                        "out": model, "plan": "*i32", "to": "*i64", "out_stride": "i32", "out_head": "i32",
+                        "keys": "i32", "heads": "i32", "items": "i32", "scale": "fp32", "sink": "i32", "local": "i32",
+                    },
+                    constants={"TO": window, "WINDOW": window, "G": group, "D": head_dim},
+                    warps=4,
+                    loose=("out_head", "heads", "items", "sink", "local"),
+                    matrix="wgmma",
+                    longest=FLASH_LOOP,
+                    first=group == 4,
+                )  # fmt: skip
+            flags = prefill.constants(group, head_dim, arch=arch, to=window, window=window)
+            yield Spec(
+                name=f"attend {group} heads of {head_dim}, prompts{', window' if window else ''}",
+                arch=arch,
+                kernel=prefill.flash_kernel,
+                types={
+                    "q": model, "k": model, "v": model, "out": model, "plan": "*i32", "to": "*i64", "q_stride": "i32",
+                    "out_stride": "i32", "out_head": "i32", "keys": "i32", "heads": "i32", "scale": "fp32",
+                    "sink": "i32", "local": "i32",
+                },
+                constants=flags,
+                warps=prefill.warps_of(flags),
+                stages=prefill.stages_of(flags),
+                loose=("out_head", "heads", "sink", "local"),
+                matrix="wgmma" if arch == 90 else FLOATS,
+                longest=PROMPT_LOOP,
+                first=arch == 90 and group == 4,
+            )  # fmt: skip
 
 
 def _int8(arch: int, *, packed: bool) -> str:

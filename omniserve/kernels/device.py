@@ -16,6 +16,9 @@ OLDEST = (8, 0)
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """True where Triton runs kernels in Python, on the CPU: inline PTX does not exist there, plain twins take its place."""
 
+GLUON = ("3.6.0",)
+"""Triton versions that the kernels in Gluon were tested with; under others those in Triton take their place."""
+
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """Shared memory that one block of threads may use, by compute capability times ten."""
 
@@ -47,9 +50,14 @@ def processors() -> int:
     return 8 if INTERPRETED else torch.cuda.get_device_properties(0).multi_processor_count
 
 
-def kernel_of(operation: Operation[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the decorated function as the implementation of an operation on NVIDIA GPUs."""
-    return implements(operation, device="cuda", when=capable, needs=NEEDS)
+def kernel_of(
+    operation: Operation[..., Any], inside: Callable[[], str] = str
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated function as the implementation of an operation on NVIDIA GPUs.
+
+    inside: for people, which of several kernels serve on this card
+    """
+    return implements(operation, device="cuda", when=capable, needs=NEEDS, inside=inside)
 
 
 def need(condition: bool, what: str) -> None:

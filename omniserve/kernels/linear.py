@@ -17,11 +17,8 @@ from omniserve.base.numbers import ceil_div
 from omniserve.formats.blocks import BLOCK_BYTES, SIDE
 from omniserve.formats.w4a8 import gemm_w4a8_blocks
 from omniserve.formats.w8a8 import gemm_w8a8
-from omniserve.kernels.device import INTERPRETED, OUTPUTS, architecture, kernel_of, need, processors
+from omniserve.kernels.device import GLUON, INTERPRETED, OUTPUTS, architecture, kernel_of, need, processors
 from omniserve.kernels.tiles import Tile, choose, default
-
-GLUON = ("3.6.0",)
-"""Triton versions whose Gluon `hopper.py` was tested with; under others its tiles give way to defaults."""
 
 if triton.__version__ in GLUON:
     from omniserve.kernels import hopper

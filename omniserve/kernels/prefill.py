@@ -1,13 +1,14 @@
-"""`attend` for rows of prompt positions: tiles of queries over the pages of their row.
+"""`attend` for rows of prompt positions: pages become 16-bit keys and values once, then tiles of queries read those.
 
-A prompt position always runs in a tile of queries, and keys are taken in the order of their pages: its bits depend on
-its own row alone.
-
-Codes go into the products as they are stored. Keys: scores are (q . code - zero * sum(q)) * scale. Values: the weights
-take the scale, relative to the largest of the page and times 2^15, so that small ones stay above fp16's smallest.
+`gather_kernel` writes what a row's queries may see, as `PageStore.read` gives it, rounded to the model's dtype, in the
+order of the positions; what is behind the row's end, or not listed, becomes zero. Blocks of keys begin at multiples of
+`BLOCK` positions and are taken in ascending order, and a prompt position always runs in a tile of queries: its bits
+depend on its own row alone, whatever the chunk or the batch.
 """
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -16,217 +17,481 @@ from torch import Tensor
 
 from omniserve.base.numbers import ceil_div
 from omniserve.base.types import PAGE
-from omniserve.formats.kv import LayerPages
 from omniserve.kernels.codes import halves
-from omniserve.kernels.device import INTERPRETED, need
+from omniserve.kernels.device import GLUON, INTERPRETED, architecture, need, processors
+from omniserve.kernels.plan import BLOCK, FIELDS, QUERIES
 from omniserve.ops.batch import Reading, Rows
 from omniserve.ops.pages import HeadGroup
 
+if triton.__version__ in GLUON:
+    from omniserve.kernels import flash as flash_gluon
+
+SCRATCH = 1 << 30
+"""Bytes of keys and values that are unpacked at a time; key heads wait for their turn beyond that."""
+
+PLANNED = 32
+"""Tiles whose plan one program writes."""
+
 _PAGE = tl.constexpr(PAGE)
-_STEP = tl.constexpr(2.0**15)
+_QUERIES = tl.constexpr(QUERIES)
+_BLOCK = tl.constexpr(BLOCK)
+_FIELDS = tl.constexpr(FIELDS)
+_PLANNED = tl.constexpr(PLANNED)
 
 
 @triton.jit
-def prompt_kernel(
-    q,  # [T, Hq, D], tokens `q_stride` apart
-    out,  # [T, Hq, D], tokens `out_stride` apart
-    codes,  # [pages, H, ...] as codes (uint8) or plain numbers
-    scales,  # the same memory as fp16: scales and zeros behind the codes
+def _kept(begin, length, sink, local, places, LISTED: tl.constexpr, WINDOW: tl.constexpr):
+    """Return (pages in the scratch, those from position 0 on, pages left out behind them) of rows."""
+    pages = tl.cdiv(length, _BLOCK) * (_BLOCK // _PAGE)
+    lead = pages * 0
+    skip = pages * 0
+    if LISTED:
+        pages = pages * 0 + places
+    elif WINDOW:
+        lead = tl.minimum(tl.cdiv(sink, _BLOCK) * (_BLOCK // _PAGE), pages)
+        first = tl.maximum(begin - local + 1, 0) // _BLOCK * (_BLOCK // _PAGE)
+        skip = tl.maximum(first - lead, 0)
+        pages = pages - skip
+    return pages, lead, skip
+
+
+@triton.jit
+def _tile(
+    tile, tiles, r, more, first_token, tokens, lengths, size, lead, skip, count, sink, local,
+    LISTED: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Return what the plan says of tiles, pages for keys, and how many blocks of keys they read (-1: no tile)."""
+    of = tl.sum((tl.cumsum(more, 0)[None, :] <= tile[:, None]).to(tl.int32), 1)
+    mine = r[None, :] == of[:, None]
+    before = r[None, :] < of[:, None]
+    begin = (tile - tl.sum(tl.where(before, more[None, :], 0), 1)) * _QUERIES
+    token = tl.sum(tl.where(mine, first_token[None, :], 0), 1)
+    queries = tl.sum(tl.where(mine, tokens[None, :], 0), 1)
+    length = tl.sum(tl.where(mine, lengths[None, :], 0), 1)
+    start = tl.sum(tl.where(before, size[None, :], 0), 1)
+    long = tl.sum(tl.where(mine, lead[None, :], 0), 1)
+    left = tl.sum(tl.where(mine, skip[None, :], 0), 1)
+    position = length - queries
+    if LISTED:
+        # The row's own pages end the list, and all before are seen: only how many these are matters.
+        own = (length - 1) // _PAGE - position // _PAGE + 1
+        position = (tl.load(count + of, mask=tile < tiles, other=0) - own) * _PAGE + position % _PAGE
+    position += begin
+    queries = tl.minimum(queries - begin, _QUERIES)
+    steps = tl.cdiv(position + queries, _BLOCK)
+    if WINDOW:
+        opening = tl.maximum(position - local + 1, 0) // _BLOCK
+        steps -= tl.maximum(opening - tl.cdiv(sink, _BLOCK), 0)
+    return token + begin, queries, position, start, long, left, tl.where(tile < tiles, steps, -1)
+
+
+@triton.jit
+def gather_kernel(
+    k,  # [H, N, W], keys as numbers
+    v,
+    plan,  # int32 [tiles, FIELDS]
+    codes,  # [pages, heads, ...] as codes (uint8) or plain numbers
+    scales,  # the same memory as fp16
     ids,  # int32 physical pages
     index,  # int32 logical pages, read if LISTED
     count,  # int32 [rows], read if LISTED
     slots,  # int64 [rows], read if SLOTS
-    to,  # int64 [G H], read if TO
     cu_q,  # int32, from the first of these rows
     seq_len,  # int32 [rows]
     rows,
-    kv_heads,
-    q_stride,
-    out_stride,
-    out_head,  # the group's first head in `out`
-    ids_row,  # strides of ids and index
+    pages,  # of the scratch: N / 64
+    tiles,
+    places,  # of each row, if LISTED
+    heads,  # key heads of a page
+    head0,  # the first of those asked for
+    ids_row,  # strides of ids
     ids_head,
-    scale,  # of scores, times log2(e)
     sink,
     local,
-    LISTED: tl.constexpr,
+    R: tl.constexpr,  # rows, rounded up to a power of two
     SLOTS: tl.constexpr,
-    TO: tl.constexpr,
+    LISTED: tl.constexpr,  # pages that were chosen; otherwise those that every query's window shows, in order
+    SOME: tl.constexpr,  # the list has the sink's and the window's pages alone
     WINDOW: tl.constexpr,
-    G: tl.constexpr,
-    GP: tl.constexpr,  # G, rounded up to a power of two
-    M: tl.constexpr,  # rows of the products: queries times GP
     D: tl.constexpr,
-    HP: tl.constexpr,  # D / 2, rounded up to a power of two
+    W: tl.constexpr,  # D, rounded up to a power of two
     BITS: tl.constexpr,
-    TOKENS: tl.constexpr,  # keys of one turn of the loop
     ASM: tl.constexpr,
 ):
-    """One key head and a tile of queries."""
+    """One page of one key head; behind them, for the first head, the plan of `PLANNED` tiles."""
     HALF: tl.constexpr = D // 2
-    QUERIES: tl.constexpr = M // GP
-    WHOLE: tl.constexpr = HALF == HP
     pid = tl.program_id(0)
     head = tl.program_id(1)
-    row = -1
-    begin = 0
-    tiles = 0
-    for r in range(rows):
-        more = tl.cdiv(tl.load(cu_q + r + 1) - tl.load(cu_q + r), QUERIES)
-        if (pid >= tiles) & (pid < tiles + more):
-            row = r
-            begin = (pid - tiles) * QUERIES
-        tiles += more
-    if row < 0:
+    r = tl.arange(0, R)
+    lengths = tl.load(seq_len + r, mask=r < rows, other=0)
+    first_token = tl.load(cu_q + r, mask=r < rows, other=0)
+    tokens = tl.load(cu_q + r + 1, mask=r < rows, other=0) - first_token
+    tokens = tl.where(r < rows, tokens, 0)
+    size, lead, skip = _kept(lengths - tokens, lengths, sink, local, places, LISTED, WINDOW)
+    size = tl.where(r < rows, size, 0)
+
+    if pid >= pages:
+        if head == 0:
+            more = tl.cdiv(tokens, _QUERIES)
+            tile = (pid - pages) * _PLANNED + tl.arange(0, _PLANNED)
+            token, queries, position, start, long, left, steps = _tile(
+                tile, tiles, r, more, first_token, tokens, lengths, size, lead, skip, count, sink, local, LISTED, WINDOW
+            )
+            rank = tl.zeros((_PLANNED,), tl.int32)  # longest first
+            for begin in range(0, tiles, _PLANNED):
+                other = begin + tl.arange(0, _PLANNED)
+                _, _, _, _, _, _, theirs = _tile(
+                    other, tiles, r, more, first_token, tokens, lengths, size, lead, skip, count, sink, local,
+                    LISTED, WINDOW,
+                )  # fmt: skip
+                longer = theirs[None, :] > steps[:, None]
+                earlier = (theirs[None, :] == steps[:, None]) & (other[None, :] < tile[:, None])
+                rank += tl.sum((longer | earlier).to(tl.int32), 1)
+            there = tile < tiles
+            at = plan + rank * _FIELDS
+            tl.store(at, token, mask=there)
+            tl.store(at + 1, queries, mask=there)
+            tl.store(at + 2, position, mask=there)
+            tl.store(at + 3, start * _PAGE, mask=there)
+            tl.store(at + 4, long * _PAGE, mask=there)
+            tl.store(at + 5, left * _PAGE, mask=there)
         return
-    length = tl.load(seq_len + row)
-    token0 = tl.load(cu_q + row)
-    tokens = tl.load(cu_q + row + 1) - token0
-    m = tl.arange(0, M)
-    query, group = begin + m // GP, m % GP
-    valid = (query < tokens) & (group < G)
-    position = length - tokens + query
-    at = tl.arange(0, HP)
-    keep = (at < HALF)[None, :]
 
-    some = valid[:, None] & keep
-    source = q + (token0 + query).to(tl.int64)[:, None] * q_stride + (head * G + group)[:, None] * D + at[None, :]
-    q0 = tl.load(source, mask=some, other=0.0)
-    q1 = tl.load(source + HALF, mask=some, other=0.0)
-    like = q0.dtype
-    total = tl.sum(q0.to(tl.float32), 1) + tl.sum(q1.to(tl.float32), 1)
-
-    first = 0
-    oldest = length - tokens + begin  # position of the first query
-    newest = tl.minimum(oldest + QUERIES, length) - 1
+    row = tl.sum((tl.cumsum(size, 0) <= pid).to(tl.int32), 0)
+    slot = pid - tl.sum(tl.where(r < row, size, 0), 0)
+    length = tl.sum(tl.where(r == row, lengths, 0), 0)
+    lead0 = tl.sum(tl.where(r == row, lead, 0), 0)
+    skip0 = tl.sum(tl.where(r == row, skip, 0), 0)
+    logical = tl.where(slot < lead0, slot, slot + skip0)
+    place = logical
+    listed = logical * _PAGE < length
     if LISTED:
-        last = tl.load(count + row)
-    else:
-        last = newest // _PAGE + 1
-        if WINDOW:
-            first = tl.where(sink == 0, tl.maximum(oldest - local + 1, 0) // _PAGE, 0)
+        place = slot
+        listed = slot < tl.load(count + row)
+    if SOME:
+        begin = length - tl.sum(tl.where(r == row, tokens, 0), 0)
+        opening = tl.maximum(begin - local + 1, 0) // _PAGE
+        leading = tl.minimum(opening, tl.cdiv(sink, _PAGE))
+        listed = listed & ((logical < leading) | (logical >= opening))
+        place = tl.where(logical < leading, logical, logical - opening + leading)
     x = row.to(tl.int64)
     if SLOTS:
         x = tl.load(slots + row)
-    listed = x * ids_row + head * ids_head
+    if LISTED:
+        logical = tl.load(index + x * ids_row + (head0 + head) * ids_head + place, mask=listed, other=0)
+    id = tl.load(ids + x * ids_row + (head0 + head) * ids_head + place, mask=listed, other=-1)
 
-    best = tl.full((M,), float("-inf"), tl.float32)
-    weight = tl.zeros((M,), tl.float32)
-    a0 = tl.zeros((M, HP), tl.float32)
-    a1 = tl.zeros((M, HP), tl.float32)
+    token = tl.arange(0, _PAGE)
+    written = (id >= 0) & (logical * _PAGE + token < length)  # behind the end of a row may lie NaN
     BYTES: tl.constexpr = D // 2 if BITS == 4 else D
     PARAMS: tl.constexpr = 256 if BITS < 16 else 0
-    TURNS: tl.constexpr = _PAGE // TOKENS  # of the loop for one page
-    for turn in range(first * TURNS, last * TURNS):
-        place = turn // TURNS
-        within = (turn - place * TURNS) * TOKENS + tl.arange(0, TOKENS)
-        page = tl.maximum(tl.load(ids + listed + place), 0).to(tl.int64) * kv_heads + head
-        logical = place
-        if LISTED:
-            logical = tl.load(index + listed + place)
-        key = logical * _PAGE + within
-        here = codes + page * (2 * _PAGE * BYTES + 2 * PARAMS)
-        seen = (key[None, :] <= position[:, None]) & valid[:, None]
+    HP: tl.constexpr = W // 2
+    at = tl.arange(0, HP)
+    keep = written[:, None] & (at < HALF)[None, :]
+    page = tl.maximum(id, 0).to(tl.int64) * heads + head0 + head
+    here = codes + page * (2 * _PAGE * BYTES + 2 * PARAMS)
+    like = k.dtype.element_ty
+    number = tl.float16 if BITS < 16 else like  # exact for codes
+    spot = (head.to(tl.int64) * pages + pid) * _PAGE * W + token[:, None] * W + at[None, :]
+    for kind in tl.static_range(2):
+        target = k if kind == 0 else v
+        low, high = halves(here + kind * _PAGE * BYTES, token, at, keep, D, BITS, False, number, ASM)
+        if BITS < 16:
+            behind = scales + page * (_PAGE * BYTES + PARAMS) + _PAGE * BYTES + kind * 128 + token
+            scale = tl.load(behind, mask=written, other=0.0).to(tl.float32)[:, None]
+            zero = tl.load(behind + 64, mask=written, other=0.0).to(tl.float32)[:, None]
+            low = tl.where(keep, (low.to(tl.float32) - zero) * scale, 0.0)
+            high = tl.where(keep, (high.to(tl.float32) - zero) * scale, 0.0)
+        if HALF == HP:
+            tl.store(target + spot, low.to(like))
+            tl.store(target + spot + HALF, high.to(like))
+        else:
+            dims = (at < HALF)[None, :] & (token >= 0)[:, None]
+            tl.store(target + spot, low.to(like), mask=dims)
+            tl.store(target + spot + HALF, high.to(like), mask=dims)
+            tail = (at < W - D)[None, :] & (token >= 0)[:, None]
+            tl.store(target + spot + D, tl.zeros((_PAGE, HP), like), mask=tail)
+
+
+@triton.jit
+def _steps(
+    begin, end, q, k, v, a, best, weight, query, lead, first, long, skip, scale, sink, local,
+    MASK: tl.constexpr, WINDOW: tl.constexpr, W: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Add blocks [begin, end) of a tile's walk to its sums."""
+    at = tl.arange(0, KEYS)
+    dim = tl.arange(0, W)
+    for step in range(begin, end):
+        key = step * KEYS
         if WINDOW:
-            seen = seen & ((key < sink)[None, :] | (key[None, :] > position[:, None] - local))
-        shown = tl.max(seen.to(tl.int32), 0) > 0
-        k0, k1 = halves(here, within, at, keep, D, BITS, WHOLE, like, ASM)
-        s = tl.dot(q0, k0.T)
-        s = tl.dot(q1, k1.T, s)
-        if BITS < 16:
-            behind = scales + page * (_PAGE * BYTES + PARAMS) + _PAGE * BYTES + within
-            ks = tl.load(behind).to(tl.float32)
-            kz = tl.load(behind + 64).to(tl.float32)
-            s = (s - total[:, None] * kz[None, :]) * (ks * scale)[None, :]
-        else:
-            s = s * scale
-        s = tl.where(seen, s, float("-inf"))
+            key = tl.where(step < lead, step, step - lead + first) * KEYS
+        here = key
+        if WINDOW:
+            here = tl.where(key < long, key, key - skip)
+        rows = here + at
+        s = tl.dot(q, tl.load(k + rows[None, :] * W + dim[:, None]))
+        if MASK:
+            position = key + at
+            seen = position[None, :] <= query[:, None]
+            if WINDOW:
+                seen = seen & ((position < sink)[None, :] | (position[None, :] > query[:, None] - local))
+            s = tl.where(seen, s, float("-inf"))
         top = tl.maximum(best, tl.max(s, 1))
-        base = tl.where(top == float("-inf"), 0.0, top)
-        p = tl.exp2(s - base[:, None])
-        shrink = tl.exp2(best - base)
+        base = top
+        if MASK:
+            base = tl.where(top == float("-inf"), 0.0, top)
+        # One rounding each, whatever the compiler fuses; a block that brings nothing shrinks by 1 exactly.
+        p = tl.exp2(tl.fma(s, tl.zeros_like(s) + scale, tl.zeros_like(s) - (base * scale)[:, None]))
+        shrink = tl.exp2((best - base) * scale)
         weight = weight * shrink + tl.sum(p, 1)
-        if BITS < 16:
-            v0, v1 = halves(here + _PAGE * BYTES, within, at, keep, D, BITS, WHOLE, tl.float16, ASM)
-            # What nobody has written, or nobody sees, may be NaN.
-            vs = tl.where(shown, tl.load(behind + 128).to(tl.float32), 0.0)
-            vz = tl.where(shown, tl.load(behind + 192).to(tl.float32), 0.0)
-            most = tl.maximum(tl.max(vs, 0), 1e-30)
-            p16 = (p * (vs * (_STEP / most))[None, :]).to(tl.float16)
-            lift = tl.sum(p16.to(tl.float32) * vz[None, :], 1)[:, None]
-            back = most / _STEP
-            a0 = a0 * shrink[:, None] + (tl.dot(p16, v0) - lift) * back
-            a1 = a1 * shrink[:, None] + (tl.dot(p16, v1) - lift) * back
-        else:
-            there = shown[:, None] & keep
-            spot = here + _PAGE * D + within[:, None] * D + at[None, :]
-            v0 = tl.load(spot, mask=there, other=0.0)
-            v1 = tl.load(spot + HALF, mask=there, other=0.0)
-            p16 = p.to(v0.dtype)
-            a0 = tl.dot(p16, v0, a0 * shrink[:, None])
-            a1 = tl.dot(p16, v1, a1 * shrink[:, None])
+        values = tl.load(v + rows[:, None] * W + dim[None, :])
+        a = tl.dot(p.to(values.dtype), values, a * shrink[:, None])
         best = top
+    return a, best, weight
 
-    slot = out_head + head * G + group
+
+@triton.jit
+def flash_kernel(
+    q,  # [T, Hq, D], tokens `q_stride` apart; from the first head of these
+    k,  # [H, N, W]
+    v,
+    out,  # [T, Hq, D], tokens `out_stride` apart
+    plan,  # int32 [tiles, FIELDS]
+    to,  # int64 [G H], read if TO
+    q_stride,
+    out_stride,
+    out_head,  # where the first of these heads goes in `out`
+    keys,  # N
+    heads,  # query heads
+    scale,  # of scores, times log2(e)
+    sink,
+    local,
+    WINDOW: tl.constexpr,
+    TO: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    QUERIES: tl.constexpr,  # of one program: a tile is 128
+    KEYS: tl.constexpr,  # of one step
+):
+    """Queries of one head, in the order of the plan."""
+    PARTS: tl.constexpr = _QUERIES // QUERIES
+    group = tl.program_id(0) % heads
+    part = tl.program_id(0) // heads
+    head = group // G
+    tile = part // PARTS
+    begin = (part % PARTS) * QUERIES
+    fields = plan + tile * _FIELDS
+    token = tl.load(fields) + begin
+    tokens = tl.load(fields + 1) - begin
+    if tokens <= 0:
+        return
+    position = tl.load(fields + 2) + begin
+    start = tl.load(fields + 3)
+    long = tl.load(fields + 4)
+    skip = tl.load(fields + 5)
+    m = tl.arange(0, QUERIES)
+    dim = tl.arange(0, W)
+    query = position + m
+    some = (m < tokens)[:, None] & (dim < D)[None, :]
+    spot = (token + m).to(tl.int64)[:, None]
+    queries = tl.load(q + spot * q_stride + group * D + dim[None, :], mask=some, other=0.0)
+    base = (head.to(tl.int64) * keys + start) * W
+    k += base
+    v += base
+    lead = 0
+    first = 0
+    stop = tl.cdiv(position + tl.minimum(tokens, QUERIES), KEYS)
+    outer = (position + 1) // KEYS  # first block that a query does not see to the end
+    inner = 0
+    if WINDOW:
+        lead = tl.minimum(tl.cdiv(long, KEYS), stop)
+        first = tl.maximum(tl.maximum(position - local + 1, 0) // KEYS, lead)
+        edge = tl.maximum(position + QUERIES - local + KEYS - 1, 0) // KEYS  # first block that all windows show
+        stop = lead + stop - first
+        outer = lead + outer - first
+        inner = tl.minimum(tl.maximum(lead + edge - first, lead), stop)
+    outer = tl.minimum(tl.maximum(outer, inner), stop)
+
+    best = tl.full((QUERIES,), float("-inf"), tl.float32)
+    weight = tl.zeros((QUERIES,), tl.float32)
+    a = tl.zeros((QUERIES, W), tl.float32)
+    if WINDOW:
+        a, best, weight = _steps(
+            0, inner, queries, k, v, a, best, weight, query, lead, first, long, skip, scale, sink, local,
+            True, WINDOW, W, KEYS,
+        )  # fmt: skip
+    a, best, weight = _steps(
+        inner, outer, queries, k, v, a, best, weight, query, lead, first, long, skip, scale, sink, local,
+        False, WINDOW, W, KEYS,
+    )  # fmt: skip
+    a, best, weight = _steps(
+        outer, stop, queries, k, v, a, best, weight, query, lead, first, long, skip, scale, sink, local,
+        True, WINDOW, W, KEYS,
+    )  # fmt: skip
+    slot = out_head + group
     if TO:
-        slot = tl.load(to + head * G + group, mask=group < G, other=0)
-    target = out + (token0 + query).to(tl.int64)[:, None] * out_stride + slot[:, None] * D + at[None, :]
-    tl.store(target, (a0 / weight[:, None]).to(out.dtype.element_ty), mask=some)
-    tl.store(target + HALF, (a1 / weight[:, None]).to(out.dtype.element_ty), mask=some)
+        slot = tl.load(to + group).to(tl.int32)
+    target = out + spot * out_stride + slot * D + dim[None, :]
+    tl.store(target, (a / weight[:, None]).to(out.dtype.element_ty), mask=some)
 
 
-def attend_prompts(
-    q: Tensor, group: HeadGroup, reading: Reading, run: range, rows: Rows, out: Tensor, scale: float
-) -> None:
-    """Attention of the rows `run` of prompt positions; arguments as `attend` has checked them."""
-    store: LayerPages = group.store
-    head_dim, kv_heads = q.shape[2], store.heads
-    mine = q[:, group.heads]
-    per_key = mine.shape[1] // kv_heads
-    past = slice(run.start - reading.rows.start, run.stop - reading.rows.start)
-    pages = reading.pages
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """Rows of prompts that one group of heads attends for, as `attend` was given them.
+
+    run: the rows, all behind those of produced positions; scale: of scores
+    """
+
+    q: Tensor
+    out: Tensor
+    group: HeadGroup
+    reading: Reading
+    run: range
+    rows: Rows
+    scale: float
+
+    @property
+    def past(self) -> slice:
+        """The rows among those of the reading."""
+        first = self.reading.rows.start
+        return slice(self.run.start - first, self.run.stop - first)
+
+    @property
+    def chunks(self) -> tuple[range, ...]:
+        """Positions of each row's queries."""
+        chunks = self.rows.chunks[self.run.start - self.rows.singles : self.run.stop - self.rows.singles]
+        assert len(chunks) == len(self.run), f"attend: {len(self.run)} rows of prompts, the host knows {len(chunks)}"
+        return chunks
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of all rows."""
+        return sum(ceil_div(len(chunk), QUERIES) for chunk in self.chunks)
+
+    @property
+    def places(self) -> int:
+        """Pages of each row in the scratch, where pages were chosen; 0 where positions tell which they are."""
+        pages, visible = self.reading.pages, self.reading.visible
+        return 0 if pages.index is None or visible.local is not None else _even(pages.ids.shape[-1] * PAGE)
+
+    @property
+    def pages(self) -> int:
+        """Pages of all rows in the scratch."""
+        if self.places:
+            return self.places * len(self.run)
+        sink, local = self.reading.visible.sink, self.reading.visible.local
+        total = 0
+        for chunk in self.chunks:
+            every = _even(chunk.stop)
+            first = 0 if local is None else max(chunk.start - local + 1, 0) // BLOCK * (BLOCK // PAGE)
+            total += every - max(first - min(_even(sink), every), 0)
+        return total
+
+
+def _even(tokens: int) -> int:
+    """Return the pages of the blocks that hold so many tokens."""
+    return ceil_div(tokens, BLOCK) * (BLOCK // PAGE)
+
+
+def attend_prompts(prompts: Prompts) -> None:
+    """Attend for rows of prompts; their group is as `attend` has checked it."""
+    q, store = prompts.q, prompts.group.store
+    width = triton.next_power_of_2(q.shape[2])
+    plan = torch.empty(prompts.tiles, FIELDS, dtype=torch.int32, device=q.device)
+    size = prompts.pages * PAGE
+    heads = max(1, min(store.heads, SCRATCH // (2 * size * width * q.element_size())))
+    # A few sizes: the allocator keeps one piece of each, while a prompt's chunks ask for more and more.
+    room = torch.empty(triton.next_power_of_2(2 * heads * size * width), dtype=q.dtype, device=q.device)
+    k, v = room[: 2 * heads * size * width].view(2, heads, size, width)
+    for first in range(0, store.heads, heads):
+        some = range(first, min(first + heads, store.heads))
+        gather(prompts, k, v, plan, some)
+        flash(prompts, k, v, plan, some, gluon=on_gluon(q.shape[2]))
+
+
+def gather(prompts: Prompts, k: Tensor, v: Tensor, plan: Tensor, heads: range) -> None:
+    """Unpack what these key heads may read into k, v [heads, N, W], and write the plan of the tiles."""
+    store: Any = prompts.group.store
+    run, past, pages, visible = prompts.run, prompts.past, prompts.reading.pages, prompts.reading.visible
     rowwise = pages.slots is None
     ids = pages.ids[past] if rowwise else pages.ids
     index = None if pages.index is None else pages.index[past] if rowwise else pages.index
     assert ids.stride(-1) == 1 and (index is None or index.stride() == ids.stride()), (ids.stride(), ids.shape)
-    seq_len, cu_q = rows.seq_len[run.start : run.stop], rows.cu_q[run.start : run.stop + 1]
-    flags = constants(
-        per_key, head_dim, store.format.bits, listed=index is not None,
-        slots=not rowwise, to=group.to is not None, window=reading.visible.local is not None,
+    seq_len, cu_q = prompts.rows.seq_len[run.start : run.stop], prompts.rows.cu_q[run.start : run.stop + 1]
+    flags = gather_constants(
+        len(run), store.head_dim, store.format.bits, slots=not rowwise, listed=prompts.places > 0,
+        some=index is not None and prompts.places == 0, window=visible.local is not None,
     )  # fmt: skip
-    queries = flags["M"] // flags["GP"]
-    grid = (ceil_div(q.shape[0], queries) + len(run), kv_heads)
-    prompt_kernel[grid](
-        mine, out, store.pages.view(store.format.element), store.pages.view(torch.float16), ids,
-        ids if index is None else index, pages.count[past], cu_q if rowwise else pages.slots[past],
-        cu_q if group.to is None else group.to, cu_q, seq_len, len(run), kv_heads, q.stride(0), out.stride(0),
-        group.heads.start, ids.stride(0), ids.stride(1) if ids.dim() == 3 else 0,
-        scale * math.log2(math.e), reading.visible.sink, reading.visible.local or 0, **flags,
-        num_warps=warps_of(flags), num_stages=stages_of(flags),
+    size = k.shape[1] // PAGE
+    gather_kernel[(size + ceil_div(plan.shape[0], PLANNED), len(heads))](
+        k, v, plan, store.pages.view(store.format.element), store.pages.view(torch.float16), ids,
+        ids if index is None else index, pages.count[past], cu_q if rowwise else pages.slots[past], cu_q, seq_len,
+        len(run), size, plan.shape[0], prompts.places, store.heads, heads.start, ids.stride(0),
+        ids.stride(1) if ids.dim() == 3 else 0, visible.sink, visible.local or 0, **flags, num_warps=4,
     )  # fmt: skip
 
 
-def constants(
-    group: int, head_dim: int, bits: int, *, listed: bool, slots: bool, to: bool, window: bool
+def flash(prompts: Prompts, k: Tensor, v: Tensor, plan: Tensor, heads: range, *, gluon: bool) -> None:
+    """Attend to what `gather` left, for the query heads of these key heads."""
+    q, out, group, visible = prompts.q, prompts.out, prompts.group, prompts.reading.visible
+    per_key = (group.heads.stop - group.heads.start) // group.store.heads
+    skipped = heads.start * per_key
+    first, asking = group.heads.start + skipped, per_key * len(heads)
+    mine = q[:, first : first + asking]
+    to = None if group.to is None else group.to[skipped:]
+    scale = prompts.scale * math.log2(math.e)
+    if gluon:
+        flash_gluon.launch(
+            mine, k, v, out, plan, to, group=per_key, out_head=first, scale=scale, sink=visible.sink,
+            local=visible.local, programs=processors(),
+        )  # fmt: skip
+        return
+    flags = constants(per_key, q.shape[2], arch=architecture(), to=to is not None, window=visible.local is not None)
+    flash_kernel[(plan.shape[0] * (QUERIES // flags["QUERIES"]) * asking,)](
+        mine, k, v, out, plan, plan if to is None else to, q.stride(0), out.stride(0), first, k.shape[1], asking,
+        scale, visible.sink, visible.local or 0, **flags, num_warps=warps_of(flags), num_stages=stages_of(flags),
+    )  # fmt: skip
+
+
+def on_gluon(head_dim: int) -> bool:
+    """Return whether the kernel for compute capability 9.0 serves heads of so many dims here."""
+    return triton.__version__ in GLUON and not INTERPRETED and architecture() == 90 and flash_gluon.serves(head_dim)
+
+
+def serving() -> str:
+    """Return for people which kernel attends for prompts on this card."""
+    if on_gluon(128):
+        return "prompts: flash_gluon_kernel for heads of 64 and 128 dims, flash_kernel for others"
+    return f"prompts: flash_kernel; on compute capability 9.0 with Triton {' or '.join(GLUON)} a faster one is there"
+
+
+def gather_constants(
+    rows: int, head_dim: int, bits: int, *, slots: bool, listed: bool, some: bool, window: bool
 ) -> dict[str, int | bool]:
-    """Return what `prompt_kernel` is compiled for."""
-    padded = triton.next_power_of_2(group)
-    half = triton.next_power_of_2(head_dim // 2)
-    need(padded <= 64, f"{group} query heads per key head on a GPU: up to 64 are there")
-    need(half >= 16 or INTERPRETED, f"heads of {head_dim} dims on a GPU: 32 to 256 are there")
-    tokens = PAGE // 2 if half <= 64 or bits == 16 else PAGE // 4
+    """Return what `gather_kernel` is compiled for."""
+    need(head_dim >= 32 or INTERPRETED, f"heads of {head_dim} dims on a GPU: 32 to 256 are there")
     return {
-        "LISTED": listed, "SLOTS": slots, "TO": to, "WINDOW": window,
-        "G": group, "GP": padded, "M": 64, "D": head_dim, "HP": half, "BITS": bits,
-        "TOKENS": tokens, "ASM": not INTERPRETED,
+        "R": triton.next_power_of_2(rows), "SLOTS": slots, "LISTED": listed, "SOME": some, "WINDOW": window,
+        "D": head_dim, "W": triton.next_power_of_2(head_dim), "BITS": bits, "ASM": not INTERPRETED,
+    }  # fmt: skip
+
+
+def constants(group: int, head_dim: int, *, arch: int, to: bool, window: bool) -> dict[str, int | bool]:
+    """Return what `flash_kernel` is compiled for."""
+    width = triton.next_power_of_2(head_dim)
+    small = width <= (128 if arch == 90 else 64)
+    return {
+        "WINDOW": window, "TO": to, "G": group, "D": head_dim, "W": width,
+        "QUERIES": 128 if small else 64, "KEYS": 64 if small else 32,
     }  # fmt: skip
 
 
 def warps_of(flags: dict[str, int | bool]) -> int:
     """Return the warps of a program."""
-    return 4 if flags["HP"] <= 64 else 8
+    return 4 if flags["QUERIES"] == 64 and flags["W"] <= 128 else 8
 
 
 def stages_of(flags: dict[str, int | bool]) -> int:
-    """Return how many pages are on their way: fewer where they are large."""
-    return 3 if flags["BITS"] < 16 and flags["HP"] <= 64 else 2
+    """Return how many blocks of keys are on their way."""
+    return 3 if flags["W"] <= 128 else 2

@@ -43,7 +43,11 @@ class Visible:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """What the heads of one kind read in a run of adjacent rows; `pages` counts from the first of these rows."""
+    """What the heads of one kind read in a run of adjacent rows; `pages` counts from the first of these rows.
+
+    Lists of prompt rows are ascending. With a window (`visible.local`) they hold the pages of the sink and all from the
+    first that the window shows the row's first query; without, they end with the row's own pages, those of its queries.
+    """
 
     rows: range
     pages: PageList
@@ -61,6 +65,7 @@ class Rows:
     longest  largest seq_len
     cuts     int32 [singles + 1] or None: `cut_rows` of the pages of all leading rows; None: `attend` makes it itself,
              in every layer anew
+    chunks   positions of the queries of each row behind the produced ones, as the host knows them
     """
 
     cu_q: Tensor
@@ -69,6 +74,7 @@ class Rows:
     longest: int
     tiles: int = 0
     cuts: Tensor | None = None
+    chunks: tuple[range, ...] = ()
 
     @property
     def count(self) -> int:

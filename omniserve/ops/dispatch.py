@@ -23,7 +23,10 @@ loaded by name, when an operation is first asked who serves it there."""
 
 @dataclass(frozen=True, slots=True)
 class Implementation:
-    """One way to compute an operation on one kind of device; `needs` says for people what `when` asks for."""
+    """One way to compute an operation on one kind of device.
+
+    For people: `needs` says what `when` asks for, `inside` which of its own kernels serve here.
+    """
 
     name: str
     function: Callable[..., Any]
@@ -31,6 +34,7 @@ class Implementation:
     when: Callable[[], bool]
     rank: int
     needs: str = ""
+    inside: Callable[[], str] = str
 
 
 class Operation(Generic[P, T]):
@@ -79,12 +83,18 @@ def operation(reference: Callable[P, T]) -> Operation[P, T]:
 
 
 def implements(
-    of: Operation[..., Any], *, device: str, when: Callable[[], bool] = lambda: True, rank: int = 10, needs: str = ""
+    of: Operation[..., Any],
+    *,
+    device: str,
+    when: Callable[[], bool] = lambda: True,
+    rank: int = 10,
+    needs: str = "",
+    inside: Callable[[], str] = str,
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Register an implementation; `when` is asked once, at first use on the device."""
 
     def register(function: Callable[P, T]) -> Callable[P, T]:
-        of.implementations.append(Implementation(function.__name__, function, device, when, rank, needs))
+        of.implementations.append(Implementation(function.__name__, function, device, when, rank, needs, inside))
         return function
 
     return register

@@ -125,6 +125,42 @@ def alone(device: str) -> int:
     return failed
 
 
+def chunks(device: str) -> int:
+    """A prompt attends to the same bits in one chunk as in several, and among other rows.
+
+    On a GPU alone: the interpreter's products depend on a row's place in its tile.
+    """
+    failed = 0
+    if device == "cpu":
+        return failed
+    for case, args in CASES["attend"]():
+        if not case.startswith("long prompts Visible"):
+            continue
+        q, (group,), rows, *_ = (rebuilt(arg, lambda t: t.to(device), lambda d: d) for arg in args)
+        (reading,) = group.reads
+        kernel = next(one for one in TABLE["attend"].implementations if one.device == "cuda").function
+        together = torch.full_like(q, float("nan"))
+        kernel(q, (group,), rows, together, Workspace(out=together), scale=0.125)
+        start, stop, same = rows.chunks[0].start, rows.chunks[0].stop, []
+        for begin, end in ((start, start + 1), (start + 1, start + 150), (start + 150, stop)):
+            at = slice(begin - start, end - start)
+            length = torch.tensor([end], dtype=torch.int32, device=device)
+            one = Rows(
+                cu_q=torch.tensor([0, end - begin], dtype=torch.int32, device=device),
+                seq_len=length,
+                singles=0,
+                longest=end,
+                chunks=(range(begin, end),),
+            )
+            pages = replace(reading.pages, count=(length + 63) // 64, slots=reading.pages.slots[:1])
+            lone, out = replace(reading, rows=range(1), pages=pages), torch.full_like(q[at], float("nan"))
+            kernel(q[at], (replace(group, reads=(lone,)),), one, out, Workspace(out=out), scale=0.125)
+            same.append(torch.equal(out, together[at]))
+        failed += not all(same)
+        print(f"{'ok' if all(same) else 'FAILED'} chunks: {case}", same, flush=True)
+    return failed
+
+
 def served(name: str) -> bool:
     return any(one.device == "cuda" for one in TABLE[name].implementations)
 
@@ -136,6 +172,6 @@ if __name__ == "__main__":
         at = chosen.index("--device")
         where = chosen[at + 1]
         del chosen[at : at + 2]
-    wrong = main(chosen, where) + (0 if chosen else tiles(where) + alone(where))
+    wrong = main(chosen, where) + (0 if chosen else tiles(where) + alone(where) + chunks(where))
     wrong += languages() if where == "cuda" and not chosen else 0
     sys.exit(1 if wrong else 0)

@@ -19,4 +19,7 @@ def test_kernels_equal_references() -> None:
     assert [line for line in lines if not line.startswith("ok ")] == [], run.stderr
     assert run.returncode == 0, run.stderr
     done = Counter(line.removeprefix("ok ").split(":")[0] for line in lines)
-    assert done == {f"{name}_triton": sum(1 for _ in CASES[name]()) for name in SERVED} | {"tiles": 3, "alone": 5}
+    assert done == {f"{name}_triton": sum(1 for _ in CASES[name]()) for name in SERVED} | {
+        "tiles": 3,
+        "alone": 5,
+    }

@@ -226,7 +226,13 @@ def _rows_of(lengths: Sequence[int], tokens: Sequence[int]) -> Rows:
     """Rows whose last token stands at length - 1; those of one token come first and are produced positions."""
     singles = sum(1 for count in tokens if count == 1)
     cu_q = torch.tensor([0, *itertools.accumulate(tokens)], dtype=torch.int32)
-    return Rows(cu_q=cu_q, seq_len=torch.tensor(lengths, dtype=torch.int32), singles=singles, longest=max(lengths))
+    return Rows(
+        cu_q=cu_q,
+        seq_len=torch.tensor(lengths, dtype=torch.int32),
+        singles=singles,
+        longest=max(lengths),
+        chunks=tuple(range(end - count, end) for end, count in zip(lengths[singles:], tokens[singles:], strict=True)),
+    )
 
 
 def _forget(store: LayerPages, ids: Tensor, lengths: Sequence[int]) -> None:
@@ -273,6 +279,7 @@ def attend() -> Iterator[tuple[str, Args]]:
             if number == 0:
                 yield _attended(f"{name} {kind} streaming", q, _streaming(store, table[slots], rows, heads), rows)
 
+    yield from _long_prompts()
     given, tokens = (66, 200), (1, 3)
     rows = _rows_of(given, tokens)
     table = torch.tensor([[3, 1, 0, 0], [2, 6, 5, 4]], dtype=torch.int32)
@@ -302,6 +309,34 @@ def cut_rows() -> Iterator[tuple[str, Args]]:
     yield "border cases", (torch.tensor(pages, dtype=torch.int32),)
     many = torch.randint(1, 5000, (1500,), generator=_generator(1), dtype=torch.int32)
     yield "many rows", (many,)
+
+
+def _long_prompts() -> Iterator[tuple[str, Args]]:
+    """Prompts of several tiles after earlier tokens; windows with edges in all places; pages chosen by tiles."""
+    given, tokens = (640, 150), (270, 150)
+    store, rows = _filled("kv4", 1, 32, 14, torch.float16), _rows_of(given, tokens)
+    table = torch.zeros(2, 10, dtype=torch.int32)
+    table[0], table[1, :3] = torch.randperm(10, generator=_generator(5)) + 4, torch.tensor([2, 1, 3])
+    count = (rows.seq_len + PAGE - 1) // PAGE
+    pages = PageList(ids=table, index=None, count=count, slots=torch.arange(2))
+    q = torch.randn(sum(tokens), 2, 32, generator=_generator(6)).half()
+    for visible in (Visible(), Visible(local=200), Visible(sink=70, local=100), Visible(sink=5, local=1)):
+        reading = Reading(rows=range(2), pages=pages, visible=visible)
+        group = HeadGroup(heads=slice(0, 2), to=None, reads=(reading,), store=store)
+        yield _attended(f"long prompts {visible}", q, (group,), rows)
+    yield _attended("long prompts streaming", q, _streaming(store, table, rows, 2), rows)
+
+    rows = _rows_of((640, 512), (128, 77))
+    index = torch.tensor([[0, 3, 4, 8, 9], [2, 5, 6, 7, 0]], dtype=torch.int32)
+    listed = PageList(
+        ids=torch.gather(table[:1].expand(2, -1), 1, index.long())[:, None],
+        index=index[:, None],
+        count=torch.tensor([5, 4], dtype=torch.int32),
+        slots=None,
+    )
+    reading = Reading(rows=range(2), pages=listed, visible=Visible())
+    group = HeadGroup(heads=slice(0, 2), to=torch.tensor([1, 0]), reads=(reading,), store=store)
+    yield _attended("tiles with pages of their own", q[:205], (group,), rows)
 
 
 def _streaming(store: LayerPages, table: Tensor, rows: Rows, heads: int) -> tuple[HeadGroup, ...]:

@@ -164,7 +164,11 @@ def _prompt(name: KVName, tokens: int, context: int, local: int | None, sizes: S
         store = store_of(name, per, sizes)
         like: Any = {"device": sizes.device, "dtype": torch.int32}
         rows = Rows(
-            cu_q=torch.tensor([0, tokens], **like), seq_len=torch.tensor([context], **like), singles=0, longest=context
+            cu_q=torch.tensor([0, tokens], **like),
+            seq_len=torch.tensor([context], **like),
+            singles=0,
+            longest=context,
+            chunks=(range(context - tokens, context),),
         )
         pages = PageList(
             ids=torch.randperm(per, device=sizes.device).int()[None],
