@@ -18,6 +18,7 @@ from omniserve.base.types import PAGE, Kind
 WeightName = Literal["w4a8", "w8a8", "w16a16"]
 KVName = Literal["kv4", "kv8", "kv16", "kv32"]
 DtypeName = Literal["float32", "float16", "bfloat16", "float64"]
+PageScores = Literal["keys", "bounds"]
 
 PRECISIONS = (
     "w4a8kv4", "w4a8kv8", "w4a8", "w8a8kv4", "w8a8kv8", "w8a8", "w16a16kv16", "w16a16kv8", "w16a16kv4",
@@ -141,6 +142,11 @@ class Options:
     )
     token_budget: int | None = option(None, "tokens that a retrieval head reads at produced positions; default 4096")
     reuse_interval: int | None = option(None, "produced tokens from one choice of pages to the next; default 4")
+    page_scores: str | None = option(
+        None,
+        "what pages are chosen by: their keys, or bounds of 16 keys each, which are faster and miss more; default keys",
+        choices=("keys", "bounds"),
+    )
     prefill_budget: int | None = option(
         None, f"tokens that retrieval heads read for {TILE} queries of a prompt beyond 32K; default: all"
     )
@@ -189,6 +195,7 @@ class Sparsity:
     prefills       requests that may hold more than the decode window at once, at full slots
     budget         what a retrieval head reads at a produced position; None: everything
     interval       produced positions from one choice of pages to the next
+    scores         what pages are chosen by at produced positions: all their keys, or bounds of 16 keys each
     prefill_budget what retrieval heads read for a tile of prompt positions; None: everything
     prefill_from   first prompt position that `prefill_budget` applies to
     """
@@ -201,6 +208,7 @@ class Sparsity:
     prefills: int = 2
     budget: int | None = None
     interval: int = 4
+    scores: PageScores = "keys"
     prefill_budget: int | None = None
     prefill_from: int = 32768
 
@@ -344,7 +352,7 @@ def _kv_memory(given: int, *, free_bytes: int, seqs: int, length: int, page_byte
 
 
 _STATIC = ("static_sparsity", "attn_pattern", "sink", "local", "prefill_local", "max_prefills")
-_DYNAMIC = ("token_budget", "reuse_interval", "prefill_budget")
+_DYNAMIC = ("token_budget", "reuse_interval", "page_scores", "prefill_budget")
 
 
 def choose_sparsity(options: Options) -> Sparsity:
@@ -384,6 +392,7 @@ def choose_sparsity(options: Options) -> Sparsity:
         prefills=_positive("max_prefills", options.max_prefills, default.prefills),
         budget=budget,
         interval=interval,
+        scores=cast(PageScores, options.page_scores or default.scores),
         prefill_budget=prefill_budget,
     )
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SPARSITY = (
     "static_sparsity", "attn_pattern", "sink", "local", "prefill_local", "max_prefills", "token_budget",
-    "reuse_interval", "prefill_budget",
+    "reuse_interval", "page_scores", "prefill_budget",
 )  # fmt: skip
 """Options that go with `sparsity`; a dense run leaves them out."""
 

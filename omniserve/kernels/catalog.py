@@ -47,6 +47,9 @@ SHAPES = ((4, 128), (3, 64), (1, 128), (8, 256), (1, 80))
 SCORE_LOOPS = {64: 400, 128: 400, 256: 700}
 """Budget of the scorer's loop, by head dims."""
 
+KEY_LOOPS = {4: 750, 8: 650, 16: 250}
+"""The same where it reads keys, by their bits."""
+
 
 def specs(arch: int) -> Iterator[Spec]:
     """Yield all specs of a card; `first` are one per kernel on compute capability 9.0, and a product on the others."""
@@ -248,12 +251,29 @@ def _selection(arch: int) -> Iterator[Spec]:
             types={"q": "*bf16", "statistics": "*fp16", "q_stride": "i32", **lists},
             constants=select.score_constants(group, head_dim, 64),
             warps=select.SCORE_WARPS,
-            stages=select.stages_of(head_dim),
+            stages=select.SCORE_STAGES,
             loose=loose,
             matrix=r"mma\S*\.f32\.f16",
             longest=SCORE_LOOPS[head_dim],
             first=first,
         )
+        for bits in (4, 8, 16):
+            yield Spec(
+                name=f"scores of kv{bits} keys, {group} heads of {head_dim}",
+                arch=arch,
+                kernel=select.key_score_kernel,
+                types={
+                    "q": "*bf16", "codes": "*bf16" if bits == 16 else "*u8", "scales": "*fp16", "q_stride": "i32",
+                    **lists,
+                },
+                constants=select.key_constants(group, head_dim, 64, bits),
+                warps=select.key_warps(head_dim, bits),
+                stages=select.KEY_STAGES,
+                loose=loose,
+                matrix=_float(arch, single=True),
+                longest=KEY_LOOPS[bits],
+                first=first and bits == 4,
+            )  # fmt: skip
         narrow = select.choose_constants(pages, 64)
         yield Spec(
             name=f"choice of {pages} pages",

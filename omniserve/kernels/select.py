@@ -1,10 +1,11 @@
-"""`select_pages`: scores of pages from their statistics, split over the sequence, and the choice of the best.
+"""`select_pages`: scores of pages from their keys or their statistics, split over the sequence, and the choice.
 
 Two launches, whatever the step: rows that keep what they chose copy it in the first and are skipped by the second; rows
 that choose score their pages in the first. Which is which is decided on the device, from positions, so one captured
 graph serves every mixture.
 
-Scores are products on tensor cores: sum over dims of max(q low, q high) = min(q, 0) . low + max(q, 0) . high.
+Scores are products on tensor cores. Keys: (q . code - zero * sum(q)) * scale, the largest of a page. Bounds: sum over
+dims of max(q low, q high) = min(q, 0) . low + max(q, 0) . high.
 """
 
 import torch
@@ -12,18 +13,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from omniserve.base.config import PageScores
 from omniserve.base.numbers import ceil_div
 from omniserve.base.types import PAGE
-from omniserve.kernels.device import kernel_of, need, processors
+from omniserve.formats.kv import LayerPages
+from omniserve.kernels.codes import halves
+from omniserve.kernels.device import INTERPRETED, kernel_of, need, processors
+from omniserve.kernels.write import checked
 from omniserve.ops.select import Chosen, select_pages
 
-BLOCK = 16
+BLOCK = 8
 """Pages that one turn of the scorer takes."""
 
-CROWD = 12
-"""Programs of the scorer per processor: enough to hide the way to memory, few enough to end early at low cost."""
+CROWD = {"keys": 16, "bounds": 24}
+"""Programs of a scorer per processor: enough to hide the way to memory, few enough to end early at low cost."""
 
-SCORE_WARPS, SCORE_STAGES = 4, 3
+SCORE_WARPS, SCORE_STAGES, KEY_STAGES = 4, 2, 3
 
 LARGEST = 16384
 """Pages of one sequence, at most: the choice holds them all in registers."""
@@ -41,6 +46,31 @@ def _row(slots, prompts, seq_len, row, interval):
     source = row - since
     here = (source >= 0) & (tl.load(slots + tl.maximum(source, 0)) == slot)
     return slot, position, since, here
+
+
+@triton.jit
+def _begin(slots, prompts, seq_len, table, memo, ids, index, count, kv_heads, table_stride, interval, budget,
+           LP: tl.constexpr):  # fmt: skip
+    """Copy the list of a row that keeps what it chose; return slot, pages and place in `scores`, and if it chooses."""
+    split = tl.program_id(0)
+    head = tl.program_id(1)
+    row = tl.program_id(2)
+    slot, position, since, here = _row(slots, prompts, seq_len, row, interval)
+    newest = position // _PAGE
+    existing = (position - since) // _PAGE + 1  # pages at the position that chose
+    spot = row.to(tl.int64) * kv_heads + head
+    if (since > 0) & (split == 0) & (here == 0):
+        place = tl.arange(0, LP)
+        kept = tl.minimum(existing, budget)
+        chosen = tl.load(memo + (slot * kv_heads + head) * budget + place, mask=place < kept, other=0)
+        chosen = tl.where((place == kept) & (newest >= existing), newest, chosen)
+        listed = spot * (budget + 1) + place
+        tl.store(index + listed, chosen, mask=place <= budget)
+        physical = tl.load(table + slot * table_stride + chosen, mask=place <= budget, other=0)
+        tl.store(ids + listed, physical, mask=place <= budget)
+        if head == 0:
+            tl.store(count + row, kept + (newest >= existing).to(tl.int32))
+    return slot, existing, spot, (since == 0) & (existing > budget)
 
 
 @triton.jit
@@ -73,23 +103,10 @@ def score_kernel(
     split = tl.program_id(0)
     head = tl.program_id(1)
     row = tl.program_id(2)
-    slot, position, since, here = _row(slots, prompts, seq_len, row, interval)
-    newest = position // _PAGE
-    existing = (position - since) // _PAGE + 1  # pages at the position that chose
-    spot = row.to(tl.int64) * kv_heads + head
-    if (since > 0) & (split == 0) & (here == 0):
-        place = tl.arange(0, LP)
-        kept = tl.minimum(existing, budget)
-        chosen = tl.load(memo + (slot * kv_heads + head) * budget + place, mask=place < kept, other=0)
-        chosen = tl.where((place == kept) & (newest >= existing), newest, chosen)
-        listed = spot * (budget + 1) + place
-        tl.store(index + listed, chosen, mask=place <= budget)
-        tl.store(
-            ids + listed, tl.load(table + slot * table_stride + chosen, mask=place <= budget), mask=place <= budget
-        )
-        if head == 0:
-            tl.store(count + row, kept + (newest >= existing).to(tl.int32))
-    if (since > 0) | (existing <= budget):
+    slot, existing, spot, chooses = _begin(
+        slots, prompts, seq_len, table, memo, ids, index, count, kv_heads, table_stride, interval, budget, LP
+    )
+    if not chooses:
         return
     group = tl.arange(0, GP)
     at = tl.arange(0, DP)
@@ -115,6 +132,71 @@ def score_kernel(
         best = tl.max(tl.reshape(tl.max(score, 1), (BLOCK, _PARTS)), 1)
         page = block * BLOCK + tl.arange(0, BLOCK)
         tl.store(scores + spot * pages + page, best, mask=page < existing)
+
+
+@triton.jit
+def key_score_kernel(
+    q,  # [R, G H, D], rows `q_stride` apart
+    codes,  # [pages, H, ...] as codes (uint8) or plain numbers
+    scales,  # the same memory as fp16: scales and zeros behind the codes
+    table,  # the others as in `score_kernel`
+    slots,
+    prompts,
+    seq_len,
+    memo,
+    scores,
+    ids,
+    index,
+    count,
+    kv_heads,
+    q_stride,
+    table_stride,
+    interval,
+    budget,
+    pages,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    D: tl.constexpr,
+    HP: tl.constexpr,  # D / 2, rounded up to a power of two
+    LP: tl.constexpr,
+    BITS: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """A share of one row's pages for one key head, by all their keys; or the list of a row that keeps what it chose."""
+    HALF: tl.constexpr = D // 2
+    head = tl.program_id(1)
+    row = tl.program_id(2)
+    slot, existing, spot, chooses = _begin(
+        slots, prompts, seq_len, table, memo, ids, index, count, kv_heads, table_stride, interval, budget, LP
+    )
+    if not chooses:
+        return
+    group = tl.arange(0, GP)
+    valid = (group < G)[:, None]
+    at = tl.arange(0, HP)
+    keep = (at < HALF)[None, :]
+    asked = q + row.to(tl.int64) * q_stride + (head * G + group)[:, None] * D + at[None, :]
+    q0 = tl.load(asked, mask=valid & keep, other=0.0)
+    q1 = tl.load(asked + HALF, mask=valid & keep, other=0.0)
+    total = tl.sum(q0.to(tl.float32), 1) + tl.sum(q1.to(tl.float32), 1)
+    BYTES: tl.constexpr = D // 2 if BITS == 4 else D  # of a token's codes; numbers, where they are plain
+    SCALES: tl.constexpr = 256 if BITS < 16 else 0  # fp16 numbers behind the codes
+    within = tl.arange(0, _PAGE)
+    for logical in range(tl.program_id(0), existing, tl.num_programs(0)):
+        physical = tl.maximum(tl.load(table + slot * table_stride + logical), 0).to(tl.int64)
+        page = physical * kv_heads + head
+        here = codes + page * (2 * _PAGE * BYTES + 2 * SCALES)
+        k0, k1 = halves(here, within, at, keep, D, BITS, HALF == HP, q0.dtype, ASM)
+        score = tl.dot(q0, k0.T)
+        score = tl.dot(q1, k1.T, score)
+        if BITS < 16:
+            behind = scales + page * (_PAGE * BYTES + SCALES) + _PAGE * BYTES + within
+            scale, zero = tl.load(behind).to(tl.float32), tl.load(behind + _PAGE).to(tl.float32)
+            score = (score - total[:, None] * zero[None, :]) * scale[None, :]
+        # A key beyond fp16 times 0 is no number: such a page is always attractive.
+        score = tl.where(score == score, score, float("inf"))
+        score = tl.where(valid, score, float("-inf"))
+        tl.store(scores + spot * pages + logical, tl.max(tl.max(score, 1), 0))
 
 
 @triton.jit
@@ -206,7 +288,7 @@ def choose_kernel(
 @kernel_of(select_pages)
 def select_pages_triton(
     q: Tensor,
-    statistics: Tensor,
+    store: LayerPages,
     table: Tensor,
     slots: Tensor,
     prompts: Tensor,
@@ -214,6 +296,7 @@ def select_pages_triton(
     memo: Tensor,
     interval: int,
     longest: int,
+    by: PageScores,
 ) -> Chosen:
     """Two launches; the second does nothing for rows that keep what they chose."""
     rows, heads, head_dim = q.shape
@@ -224,19 +307,30 @@ def select_pages_triton(
     )
     pages = ceil_div(longest, PAGE)
     need(pages <= LARGEST, f"selecting among {pages} pages on a GPU: up to {LARGEST} are there")
-    assert q.stride()[1:] == (head_dim, 1) and statistics.is_contiguous() and memo.is_contiguous(), q.stride()
+    assert q.stride()[1:] == (head_dim, 1) and memo.is_contiguous(), (q.stride(), memo.stride())
     assert table.stride(1) == 1 and budget >= 1, (table.stride(), budget)
     ids = torch.empty(rows, kv_heads, budget + 1, dtype=torch.int32, device=q.device)
     index, count = torch.empty_like(ids), torch.empty(rows, dtype=torch.int32, device=q.device)
     scores = torch.empty(rows, kv_heads, pages, dtype=torch.float32, device=q.device)
     slots, prompts, seq_len = slots.contiguous(), prompts.contiguous(), seq_len.contiguous()
-    wide = score_constants(heads // kv_heads, head_dim, budget)
-    splits = min(ceil_div(pages, BLOCK), max(1, ceil_div(CROWD * processors(), rows * kv_heads)))
-    score_kernel[(splits, kv_heads, rows)](
-        q, statistics, table, slots, prompts, seq_len, memo, scores, ids, index, count, kv_heads, q.stride(0),
-        table.stride(0), interval, budget, pages, **wide, num_warps=SCORE_WARPS,
-        num_stages=stages_of(head_dim),
-    )  # fmt: skip
+    lists = (table, slots, prompts, seq_len, memo, scores, ids, index, count)
+    numbers = (kv_heads, q.stride(0), table.stride(0), interval, budget, pages)
+    crowd = ceil_div(CROWD[by] * processors(), rows * kv_heads)
+    if by == "keys":
+        checked([store], head_dim)
+        bits = store.format.bits
+        need(bits < 16 or store.format.element == q.dtype, f"kv16 pages of {store.format.element}: as q is")
+        key_score_kernel[(min(pages, crowd), kv_heads, rows)](
+            q, store.pages.view(store.format.element), store.pages.view(torch.float16), *lists, *numbers,
+            **key_constants(heads // kv_heads, head_dim, budget, bits), num_warps=key_warps(head_dim, bits),
+            num_stages=KEY_STAGES,
+        )  # fmt: skip
+    else:
+        assert store.statistics is not None and store.statistics.is_contiguous()
+        score_kernel[(min(ceil_div(pages, BLOCK), crowd), kv_heads, rows)](
+            q, store.statistics, *lists, *numbers, **score_constants(heads // kv_heads, head_dim, budget),
+            num_warps=SCORE_WARPS, num_stages=SCORE_STAGES,
+        )  # fmt: skip
     narrow = choose_constants(pages, budget)
     choose_kernel[(kv_heads, rows)](
         table, slots, prompts, seq_len, memo, scores, ids, index, count, rows, kv_heads, table.stride(0), interval,
@@ -253,9 +347,18 @@ def score_constants(group: int, head_dim: int, budget: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-def stages_of(head_dim: int) -> int:
-    """Return how many turns of the scorer are on their way: fewer where they are large."""
-    return SCORE_STAGES if head_dim <= 128 else 2
+def key_constants(group: int, head_dim: int, budget: int, bits: int) -> dict[str, int | bool]:
+    """Return what `key_score_kernel` is compiled for."""
+    return {
+        "G": group, "GP": max(16, triton.next_power_of_2(group)), "D": head_dim,
+        "HP": triton.next_power_of_2(head_dim // 2), "LP": triton.next_power_of_2(budget + 1), "BITS": bits,
+        "ASM": not INTERPRETED,
+    }  # fmt: skip
+
+
+def key_warps(head_dim: int, bits: int) -> int:
+    """Return the warps of one program that reads keys: one, unless a page fills its registers."""
+    return 1 if bits == 4 and head_dim <= 128 else 2 if bits == 8 and head_dim <= 128 else 4
 
 
 def choose_constants(pages: int, budget: int) -> dict[str, int]:

@@ -1,13 +1,16 @@
-"""Choosing pages by statistics: `select_pages` for produced positions; `score_tiles`, `top_pages` for tiles of prompts.
+"""Choosing pages: `select_pages` for produced positions; `score_tiles`, `top_pages` for tiles of prompts.
 
-No key is read: smallest and largest key of each logical page, dim by dim, bound every score of the page.
+The score of a page is the largest product of its keys with the queries that share them; or a bound of it by statistics:
+smallest and largest key of each logical page, dim by dim, bound every product without reading a key.
 """
 
 import torch
 from torch import Tensor
 
+from omniserve.base.config import PageScores
 from omniserve.base.types import PAGE
 from omniserve.ops.dispatch import operation
+from omniserve.ops.pages import PageStore
 
 Chosen = tuple[Tensor, Tensor, Tensor]
 """ids and index int32 [R, H, budget + 1], count int32 [R], as in a `PageList`. Places behind `count` hold page 0."""
@@ -16,7 +19,7 @@ Chosen = tuple[Tensor, Tensor, Tensor]
 @operation
 def select_pages(
     q: Tensor,
-    statistics: Tensor,
+    store: PageStore,
     table: Tensor,
     slots: Tensor,
     prompts: Tensor,
@@ -24,16 +27,17 @@ def select_pages(
     memo: Tensor,
     interval: int,
     longest: int,
+    by: PageScores,
 ) -> Chosen:
     """Pages that rows of one produced position read: those that their request chose last, and the one begun since.
 
     q           [R, G * H, D], rotated; rows of a request are adjacent and ascend by one position
-    statistics  as for `score_pages`
     table       int32 [slots, max_pages]: physical pages; slots, prompts int64 [R], seq_len int32 [R] as in a `Batch`
     memo        int32 [slots, H, budget]: what each slot's request chose last; rows that choose write theirs
     interval    a request chooses at its positions `prompt + n * interval`: page 0, the newest one and those with the
                 best scores; up to `budget` pages it takes all
     longest     largest seq_len that there may be; sets sizes of scratch alone
+    by          "keys": scores are `score_keys` of the store, "bounds": `score_pages` of its statistics
     A row's list depends on its own request and position alone. Which rows choose is known to the device only.
     """
     rows, budget = q.shape[0], memo.shape[2]
@@ -46,7 +50,12 @@ def select_pages(
     if due.numel():
         pages = chosen_at[due] // PAGE + 1
         width = int(pages.max())
-        scores = score_pages(q[due], statistics, table[slots[due], :width])
+        ids = table[slots[due], :width]
+        if by == "keys":
+            scores = score_keys(q[due], store, ids)
+        else:
+            assert store.statistics is not None
+            scores = score_pages(q[due], store.statistics, ids)
         forced = torch.zeros(due.shape[0], width, dtype=torch.bool, device=q.device)
         forced[:, 0] = True
         forced.scatter_(1, pages[:, None] - 1, True)
@@ -74,6 +83,25 @@ def listed(table: Tensor, index: Tensor) -> Tensor:
     """Return the physical pages, shape of index [R, H, P], of logical pages of sequences with tables [R, max_pages]."""
     at = index.long().clamp(max=table.shape[1] - 1)
     return torch.gather(table[:, None].expand(-1, index.shape[1], -1), 2, at)
+
+
+def score_keys(q: Tensor, store: PageStore, ids: Tensor) -> Tensor:
+    """Largest q·k over the keys of each page as they are stored and over the G heads that share them.
+
+    q    [R, G * H, D], rotated, one query per row
+    ids  int32 [R, P]: physical pages; what stands below 0 or holds unwritten places gives any value
+    Returns [R, H, P] fp32 (fp64 if q is). A row's scores depend on its own query and pages alone.
+    """
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scores = []
+    for row in range(q.shape[0]):
+        keys, _ = store.read(ids[row : row + 1], exact)  # [1, H, P * 64, D]
+        query = q[row].to(exact).view(keys.shape[1], -1, q.shape[-1])
+        product = torch.matmul(query, keys[0].transpose(1, 2))  # [H, G, P * 64]
+        # A key beyond fp16 times 0 is no number: such a page is always attractive.
+        product = torch.nan_to_num(product, nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
+        scores.append(product.amax(1).view(keys.shape[1], -1, PAGE).amax(2))
+    return torch.stack(scores)
 
 
 def score_pages(q: Tensor, statistics: Tensor, ids: Tensor) -> Tensor:

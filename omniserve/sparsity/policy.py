@@ -97,8 +97,8 @@ class Sparse:
         self.split: HeadSplit | None = split
         self.by_position = True
         self.tiles_from = sparsity.tiles_from
-        selects = sparsity.budget is not None or sparsity.prefill_budget is not None
-        self.statistics = frozenset({Kind.RETRIEVAL} if selects else ())
+        bounds = sparsity.budget is not None and sparsity.scores == "bounds"
+        self.statistics = frozenset({Kind.RETRIEVAL} if bounds or sparsity.prefill_budget is not None else ())
         counts = {Kind.RETRIEVAL: split.retrieval, Kind.STREAMING: split.streaming}
         self.heads = {kind: heads for kind, heads in counts.items() if any(heads)}
         rule = KeepRule(sink=sparsity.sink, prompt_local=sparsity.prefill_local, local=sparsity.local)

@@ -27,6 +27,7 @@ class PageSelector:
         self._budget = None if sparsity.budget is None else sparsity.budget // PAGE
         self._tile_budget = None if sparsity.prefill_budget is None else sparsity.prefill_budget // PAGE
         self._interval = sparsity.interval
+        self._scores = sparsity.scores
         self._scale = scale
 
     def memo(self, *, slots: int, heads: int, pages: int, device: torch.device) -> Tensor:
@@ -60,11 +61,10 @@ class PageSelector:
 
     def _selected(self, layer: int, q: Tensor, store: PageStore, batch: Batch, table: Tensor) -> PageList:
         """Return the pages of the single rows, refreshing the choices that are due and remembering them."""
-        rows, statistics = slice(batch.rows.singles), store.statistics
-        assert statistics is not None
+        rows = slice(batch.rows.singles)
         ids, index, count = select_pages(
             q[rows],
-            statistics,
+            store,
             table,
             batch.slots[rows],
             batch.prompts[rows],
@@ -72,6 +72,7 @@ class PageSelector:
             batch.memos[layer],
             self._interval,
             batch.rows.longest,
+            self._scores,
         )
         return PageList(ids=ids, index=index, count=count, slots=None)
 

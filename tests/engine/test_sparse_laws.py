@@ -17,8 +17,8 @@ from tests.engine.harness import Ask, Loaded, Shape, alone, load, request, serve
 from tests.engine.test_laws import asks, token_lists
 
 STATIC = Sparsity(streaming=0.5, sink=20, local=33, prefill_local=50)
-DYNAMIC = Sparsity(budget=128, interval=3)
-LSERVE = Sparsity(streaming=0.5, sink=70, local=40, prefill_local=30, budget=128, interval=4)
+DYNAMIC = Sparsity(budget=192, interval=3, scores="bounds")
+LSERVE = Sparsity(streaming=0.5, sink=70, local=40, prefill_local=30, budget=192, interval=4)
 TILED = Sparsity(
     streaming=0.5, sink=5, local=64, prefill_local=100, budget=192, interval=2, prefill_budget=192, prefill_from=0
 )

@@ -19,6 +19,7 @@ KERNELS = {
     "gather_kernel",
     "gemm_kernel",
     "hopper_kernel",
+    "key_score_kernel",
     "quantize_kernel",
     "rope_write_kernel",
     "score_kernel",

@@ -381,15 +381,41 @@ def select_pages() -> Iterator[tuple[str, Args]]:
         draw = _generator(number)
         # Small whole numbers: products are exact in any order, and many scores are equal.
         q = torch.randint(-2, 3, (len(asks), 2 * heads * group, dim), generator=draw).half()[:, : heads * group]
-        bounds = torch.randint(-4, 5, (7 * pages, heads, 4, 2, dim), generator=draw).sort(3).values.half()
-        bounds[5, 0, 1, 1, 3], bounds[9, 1, 2, 0, 7] = float("inf"), float("-inf")
+        stores = {"bounds": _with_bounds(7 * pages, heads, dim, draw)}
+        for name in ("kv4", "kv8", "kv16"):
+            stores[f"{name} keys"] = _whole_keys(name, 7 * pages, heads, dim, draw)
         table = torch.randperm(7 * pages, generator=draw).to(torch.int32).view(7, pages)
         memo = torch.randint(0, 20, (7, heads, budget), generator=draw).sort(2).values.to(torch.int32)
         longest = int(positions.max()) + 1 if number % 2 else pages * PAGE
-        yield (
-            f"{budget} pages every {interval}, {group} heads of {dim}",
-            (q, bounds, table, slots, prompts, (positions + 1).int(), memo, interval, longest),
-        )
+        for name, store in stores.items():
+            yield (
+                f"{budget} pages by {name} every {interval}, {group} heads of {dim}",
+                (q, store, table, slots, prompts, (positions + 1).int(), memo, interval, longest, name.split()[-1]),
+            )
+
+
+def _with_bounds(pages: int, heads: int, dim: int, draw: torch.Generator) -> LayerPages:
+    """Pages whose statistics are small whole numbers; some are infinite."""
+    form = kv_format("kv4")
+    bounds = torch.randint(-4, 5, (pages, heads, 4, 2, dim), generator=draw).sort(3).values.half()
+    bounds[5, 0, 1, 1, 3], bounds[9, 1, 2, 0, 7] = float("inf"), float("-inf")
+    memory = torch.zeros(pages, heads, form.page_bytes(dim), dtype=torch.uint8)
+    return LayerPages(memory, form, dim, statistics=bounds)
+
+
+def _whole_keys(name: KVName, pages: int, heads: int, dim: int, draw: torch.Generator) -> LayerPages:
+    """Pages whose keys are whole numbers or quarters; values are nothing."""
+    form = kv_format(name)
+    memory = torch.full((pages, heads, form.page_bytes(dim)), 0xFF, dtype=torch.uint8)
+    store = LayerPages(memory, form, dim)
+    codes = store.codes[:, :, 0]
+    if form.quantized:
+        codes.random_(0, 256, generator=draw)
+        store.params[:, :, 0] = torch.randint(1, 5, (pages, heads, PAGE), generator=draw).half() / 4
+        store.params[:, :, 1] = torch.randint(0, 12, (pages, heads, PAGE), generator=draw).half()
+    else:
+        codes.copy_(torch.randint(-8, 9, codes.shape, generator=draw))
+    return store
 
 
 CASES: dict[str, Callable[[], Iterator[tuple[str, Args]]]] = {

@@ -1,16 +1,18 @@
 """Choosing pages: scores bound, lists hold what they must, and a row's list is its own affair."""
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from omniserve.base.config import Sparsity
+from omniserve.base.config import PageScores, Sparsity
 from omniserve.base.types import PAGE
 from omniserve.formats.kv import LayerPages, kv_format
 from omniserve.ops.batch import Batch, PageList, Rows, Workspace
-from omniserve.ops.select import score_pages, score_tiles, top_pages
+from omniserve.ops.select import score_keys, score_pages, score_tiles, top_pages
 from omniserve.sparsity.topk import PageSelector
 
 H, G, D = 2, 3, 8
@@ -53,13 +55,19 @@ def test_the_score_bounds_every_product_of_its_page(seed: int, rows: int) -> Non
     found = pages.statistics[ids.long()].double().permute(0, 2, 1, 3, 4, 5)[:, :, None]  # [R, H, 1, P, J, 2, D]
     corners = (q.view(rows, H, G, 1, 1, 1, D) * found).amax(5).sum(5).amax((2, 4))
     assert (scores - corners).abs().max() < 1e-9
+    assert (score_keys(q, pages, ids) - products.amax((2, 4))).abs().max() < 1e-9
 
 
 def test_keys_beyond_fp16_make_a_page_attractive() -> None:
+    plain = kv_format("kv16")
+    pages = LayerPages(torch.zeros(2, 1, plain.page_bytes(D), dtype=torch.uint8), plain, D)
+    pages.codes[1, 0, 0, 5, 3] = float("inf")
+    ids = torch.tensor([[0, 1]], dtype=torch.int32)
+    assert score_keys(torch.zeros(1, 1, D), pages, ids).tolist() == [[[0.0, float("inf")]]]
     statistics = torch.zeros(2, 1, 4, 2, D, dtype=torch.float16)
     statistics[1, 0, 2, 1, 3] = float("inf")
     q = torch.zeros(1, 1, D)
-    assert score_pages(q, statistics, torch.tensor([[0, 1]], dtype=torch.int32)).tolist() == [[[0.0, float("inf")]]]
+    assert score_pages(q, statistics, ids).tolist() == [[[0.0, float("inf")]]]
 
 
 @given(data=st.data())
@@ -94,11 +102,13 @@ def test_tile_shares_sum_to_the_queries_of_the_group() -> None:
 class Selection:
     """A selector with its memo over one store, driven position by position."""
 
-    def __init__(self, budget: int, interval: int, slots: int, pages: int, seed: int = 0) -> None:
+    def __init__(
+        self, budget: int, interval: int, slots: int, pages: int, seed: int = 0, scores: PageScores = "bounds"
+    ) -> None:
         self.store = store(slots * pages, seed)
         order = torch.randperm(slots * pages, generator=generator(seed + 9))
         self.table = order.view(slots, pages).int()
-        self.selector = PageSelector(Sparsity(budget=budget, interval=interval), 0.3)
+        self.selector = PageSelector(Sparsity(budget=budget, interval=interval, scores=scores), 0.3)
         self.memo = self.selector.memo(slots=slots, heads=H, pages=pages, device=CPU)
         self.memo.fill_(1 << 20)  # what a slot held before is never read
 
@@ -195,13 +205,14 @@ def test_rows_come_and_go_between_refreshes(data: st.DataObject) -> None:
     The reference keeps one list on the layer: it leaks from one request to the next, with the old batch's size.
     """
     interval = data.draw(st.integers(1, 5))
+    scores = data.draw(st.sampled_from(get_args(PageScores)))
     prompts = data.draw(st.lists(st.integers(1, 600), min_size=1, max_size=3))
     wanted: dict[tuple[int, int], list[list[int]]] = {}
     for slot, prompt in enumerate(prompts):
-        alone = Selection(192, interval, 3, 11)
+        alone = Selection(192, interval, 3, 11, scores=scores)
         for position in range(prompt, prompt + 70):
             wanted[slot, position] = logical(alone.step([(slot, prompt, position, query_at(slot, position))]), 0)
-    mixed = Selection(192, interval, 3, 11)
+    mixed = Selection(192, interval, 3, 11, scores=scores)
     at = list(prompts)
     for _ in range(12):
         asks = []
