@@ -197,7 +197,7 @@ class Uint4Weight:
 
     def gate_up_silu(self, x: Act, wants: ActFormat) -> Act:
         """Return silu(gate) * up [T, N // 2] in the wanted format."""
-        return swiglu(self._product(x, exact(x.dtype)), wants, x.dtype)
+        return swiglu(self.gemm(x), wants, x.dtype)
 
     def _product(self, x: Act, dtype: torch.dtype) -> Tensor:
         rows, columns = self.codes.shape
@@ -261,7 +261,7 @@ class BlockWeight:
 
     def gate_up_silu(self, x: Act, wants: ActFormat) -> Act:
         """Return silu(gate) * up [T, N // 2] in the wanted format."""
-        return swiglu(self._product(x, exact(x.dtype)), wants, x.dtype)
+        return swiglu(self.gemm(x), wants, x.dtype)
 
     def _product(self, x: Act, dtype: torch.dtype) -> Tensor:
         act = codes_of(x, self.shape[1], padded_to=self.shape[1])

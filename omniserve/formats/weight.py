@@ -45,7 +45,8 @@ class Weight(Protocol):
     def gate_up_silu(self, x: Act, wants: ActFormat) -> Act:
         """Return silu(gate) * up of a fused gate|up weight, in the format its consumer wants: [T, N // 2].
 
-        int8 codes are taken from fp32 (fp64) values that were never rounded to the model's dtype.
+        The product is in the model's dtype, as of every linear; what follows is fp32 (fp64), and int8 codes are taken
+        from values that were not rounded in between.
         """
 
 
