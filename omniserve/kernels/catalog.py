@@ -270,7 +270,7 @@ def _selection(arch: int) -> Iterator[Spec]:
                 warps=select.key_warps(head_dim, bits),
                 stages=select.KEY_STAGES,
                 loose=loose,
-                matrix=_float(arch, single=True),
+                matrix=r"mma\S*\.f32\.(f16|bf16)",
                 longest=KEY_LOOPS[bits],
                 first=first and bits == 4,
             )  # fmt: skip
