@@ -17,6 +17,7 @@ from omniserve.base.types import PAGE, Kind
 
 WeightName = Literal["w4a8", "w8a8", "w16a16"]
 KVName = Literal["kv4", "kv8", "kv16", "kv32"]
+HeadName = Literal["w8", "w16"]
 DtypeName = Literal["float32", "float16", "bfloat16", "float64"]
 PageScores = Literal["keys", "bounds"]
 
@@ -95,6 +96,12 @@ class Options:
         None,
         "columns per scale of 4-bit weights: 128, or -1 per channel; default: the checkpoint's, 128 at load",
         choices=(-1, 128, None),
+    )
+    lm_head: str = option(
+        "auto",
+        "the projection to logits: w8 (8 bits, one scale per row), w16, or auto: w8 on a GPU with quantized weights, "
+        "else w16",
+        choices=("auto", "w8", "w16"),
     )
     dtype: str = option("auto", "type of what is not quantized", choices=("auto", "float32", "float16", "bfloat16"))
     load_format: str = option(
@@ -255,6 +262,7 @@ class EngineConfig:
     seed: int
     policy: Literal["fcfs", "priority"] = "fcfs"
     sparsity: Sparsity = Sparsity()
+    lm_head: HeadName = "w16"
 
     @property
     def unlanded(self) -> int:
@@ -315,8 +323,9 @@ def resolve(
         page_bytes=token_bytes * PAGE,
         windows_bytes=streaming_pages * streaming_token_bytes * PAGE,
     )
+    precision = choose_precision(options, stored)
     return EngineConfig(
-        precision=choose_precision(options, stored),
+        precision=precision,
         dtype=dtype,
         device=device,
         backend="reference" if options.backend == "reference" else "auto",
@@ -328,7 +337,15 @@ def resolve(
         seed=options.seed,
         policy="priority" if options.scheduling_policy == "priority" else "fcfs",
         sparsity=sparsity,
+        lm_head=choose_head(options, precision, device),
     )
+
+
+def choose_head(options: Options, precision: Precision, device: Device) -> HeadName:
+    """Return the format of the projection to logits: the user's, else 8 bits where they save a GPU's time."""
+    if options.lm_head != "auto":
+        return cast(HeadName, options.lm_head)
+    return "w8" if device.kind == "cuda" and precision.weight != "w16a16" else "w16"
 
 
 def _kv_memory(given: int, *, free_bytes: int, seqs: int, length: int, page_bytes: int, windows_bytes: int) -> int:

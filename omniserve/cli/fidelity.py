@@ -65,7 +65,7 @@ def fidelity(
     if max_kl is not None and not max_kl >= 0:
         raise ConfigError(f"--max-kl={max_kl}: must be 0 or more")
     one = for_windows(options, length)
-    wide = replace(one, precision="w16a16kv16")
+    wide = replace(one, precision="w16a16kv16", lm_head="auto")
 
     def opened(word: str) -> "LLM":
         return load(model, one if word == "auto" else replace(one, precision=word), quiet=json)

@@ -155,14 +155,14 @@ def _choices(options: Options, precisions: str | None) -> list[str]:
 def _reference(model: str | None, reference: str, options: Options) -> tuple[str | None, Options]:
     """Return model and options of the reference: a precision of the same model, or another model."""
     if Path(reference).exists():
-        return reference, replace(options, precision="w16a16kv16")
+        return reference, replace(options, precision="w16a16kv16", lm_head="auto")
     try:
         Precision.parse(reference)
     except ConfigError:
         raise ConfigError(
             f"--reference={reference!r}: must be a precision such as w16a16kv16, a .gguf file or a model folder"
         ) from None
-    return model, replace(options, precision=reference)
+    return model, replace(options, precision=reference, lm_head="auto")
 
 
 def for_windows(options: Options, length: int) -> Options:

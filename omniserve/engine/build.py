@@ -17,6 +17,7 @@ from omniserve.base.config import (
     Precision,
     Sparsity,
     check_model,
+    choose_head,
     choose_precision,
     choose_sparsity,
     resolve,
@@ -39,7 +40,7 @@ from omniserve.formats.dummy import CONFIGS, DummySource
 from omniserve.formats.hub import fetch, hub_name
 from omniserve.formats.imports import translated
 from omniserve.formats.kv import LOGICAL, KVFormat, kv_format
-from omniserve.formats.table import weight_format
+from omniserve.formats.table import head_format, weight_format
 from omniserve.formats.translated import Translated
 from omniserve.models.decoder import Decoder
 from omniserve.models.families import check_tensors, expected, family
@@ -129,7 +130,9 @@ def build(
         stored=stored,
         dtype=chosen,
         token_bytes=_token_bytes(kv, policy, Kind.RETRIEVAL, spec),
-        free_bytes=check_room(device, spec, precision, chosen) if gpu else device.memory_bytes,
+        free_bytes=check_room(device, spec, precision, chosen, choose_head(options, precision, device))
+        if gpu
+        else device.memory_bytes,
         streaming_token_bytes=_token_bytes(kv, policy, Kind.STREAMING, spec),
         working_bytes=working_bytes(spec, chosen, options.max_model_len or spec.context) if gpu else None,
     )
@@ -138,6 +141,7 @@ def build(
         source,
         spec,
         weights=weight_format(precision.weight, precision.group),
+        head=head_format(config.lm_head),
         dtype=TORCH[chosen],
         device=where,
         policy=policy,
@@ -340,6 +344,7 @@ def _described(plan: MemoryPlan, config: EngineConfig) -> dict[str, object]:
         "model": plan.model,
         "precision": config.precision.label.replace(" ", "-"),
         "dtype": config.dtype,
+        "lm_head": config.lm_head,
         "rounding": plan.rounding.replace(" ", "-") or "none",
         "weights": human_bytes(plan.weight_bytes).replace(" ", ""),
         "kv": human_bytes(plan.kv_bytes).replace(" ", ""),

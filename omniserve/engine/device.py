@@ -6,7 +6,7 @@ from math import prod
 
 import torch
 
-from omniserve.base.config import PRECISIONS, DtypeName, Options, Precision
+from omniserve.base.config import PRECISIONS, DtypeName, HeadName, Options, Precision
 from omniserve.base.errors import CapacityError, ConfigError
 from omniserve.base.numbers import ceil_div, human_bytes
 from omniserve.base.spec import Device, ModelSpec
@@ -76,11 +76,13 @@ def check_dtype(options: Options, device: Device, dtype: DtypeName) -> None:
         )
 
 
-def weight_bytes(spec: ModelSpec, precision: Precision, dtype: DtypeName) -> int:
+def weight_bytes(spec: ModelSpec, precision: Precision, dtype: DtypeName, head: HeadName) -> int:
     """Return what the model's parameters take on a device, before they are loaded."""
     modules = linears(spec)
-    plain = sum(prod(shape) for name, shape in expected(spec).items() if name.removesuffix(".weight") not in modules)
-    return plain * _ELEMENT[dtype] + sum(_linear_bytes(n, k, precision, dtype) for n, k in modules.values())
+    shapes = expected(spec) | ({"lm_head.weight": (0,)} if head == "w8" else {})
+    plain = sum(prod(shape) for name, shape in shapes.items() if name.removesuffix(".weight") not in modules)
+    narrow = spec.vocab * (spec.hidden + 4) if head == "w8" else 0
+    return plain * _ELEMENT[dtype] + narrow + sum(_linear_bytes(n, k, precision, dtype) for n, k in modules.values())
 
 
 def _linear_bytes(n: int, k: int, precision: Precision, dtype: DtypeName) -> int:
@@ -104,18 +106,18 @@ def working_bytes(spec: ModelSpec, dtype: DtypeName, longest: int) -> Callable[[
     def count(tokens: int, seqs: int) -> int:
         # The product of gate and up is fp32, then come its codes; the residual stream, its sum and their norm.
         token = 2 * ffn * 4 + ffn + heads * element + spec.hidden * (3 * element + 1)
-        logits = seqs * spec.vocab * (element + 8)
+        logits = seqs * spec.vocab * (4 + 8)
         return (tokens + seqs) * token + logits + 2 * longest * spec.kv_heads * spec.head_dim * element + BESIDE
 
     return count
 
 
-def check_room(device: Device, spec: ModelSpec, precision: Precision, dtype: DtypeName) -> int:
+def check_room(device: Device, spec: ModelSpec, precision: Precision, dtype: DtypeName, head: HeadName) -> int:
     """Return the bytes that are left beside the weights. Raises CapacityError, naming what would fit, if none are."""
-    weights = weight_bytes(spec, precision, dtype)
+    weights = weight_bytes(spec, precision, dtype, head)
     if weights + BESIDE < device.memory_bytes:
         return device.memory_bytes - weights
-    sizes = {word: weight_bytes(spec, Precision.parse(word), dtype) for word in PRECISIONS}
+    sizes = {word: weight_bytes(spec, Precision.parse(word), dtype, head) for word in PRECISIONS}
     fitting = [word for word, size in sizes.items() if size + BESIDE < device.memory_bytes]
     advice = f"--precision {fitting[0]} takes {human_bytes(sizes[fitting[0]])}" if fitting else "no precision would fit"
     raise CapacityError(

@@ -4,10 +4,19 @@ from omniserve.base.errors import ConfigError
 from omniserve.formats.w4a8 import W4A8
 from omniserve.formats.w8a8 import W8A8
 from omniserve.formats.w16a16 import W16A16
-from omniserve.formats.weight import WeightFormat
+from omniserve.formats.weight import HeadFormat, WeightFormat
 
 FORMATS: dict[str, WeightFormat] = {form.name: form for form in (W16A16(), W8A8(), W4A8(None), W4A8(128))}
 """By the names that checkpoints and recipes use."""
+
+
+HEADS: dict[str, HeadFormat] = {"w16": W16A16(), "w8": W8A8()}
+"""Formats of the projection to logits, by the words of `--lm-head`."""
+
+
+def head_format(name: str) -> HeadFormat:
+    """Return a format of the projection to logits."""
+    return HEADS[name]
 
 
 def weight_format(precision_weight: str, group: int = 128) -> WeightFormat:

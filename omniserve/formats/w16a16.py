@@ -11,10 +11,10 @@ from torch import Tensor
 from omniserve.base.errors import CheckpointError
 from omniserve.formats.weight import (
     Field,
-    Weight,
     aligned,
     check,
     concat,
+    exact,
     padded,
     stored,
 )
@@ -29,9 +29,13 @@ PACK_FOR = 64
 
 
 @operation
-def gemm_w16a16(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x @ w.T + bias [T, N]; x [T, K], w [N, K] (plain or as `pack` returns it), bias [N], all of one dtype."""
-    return torch.nn.functional.linear(x, w.to_dense() if w.is_mkldnn else w, bias)
+def gemm_w16a16(x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return x @ w.T + bias [T, N] in `dtype`, summed in fp32 (fp64) and rounded once.
+
+    x [T, K], w [N, K] (plain or as `pack` returns it) and bias [N] of one dtype, which is `dtype` or a narrower one
+    """
+    w = w.to_dense() if w.is_mkldnn else w
+    return torch.nn.functional.linear(x.to(dtype), w.to(dtype), None if bias is None else bias.to(dtype))
 
 
 @functools.cache
@@ -64,11 +68,11 @@ def pack(w: Tensor) -> Tensor:
 
 
 @implements(gemm_w16a16, device="cpu", when=onednn_works)
-def gemm_w16a16_onednn(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+def gemm_w16a16_onednn(x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """oneDNN for fp32 matrices, where it passed its self-test."""
-    if w.dtype == torch.float32 == x.dtype:
+    if w.dtype == torch.float32 == dtype:
         return _onednn(x, w, bias)
-    return torch.nn.functional.linear(x, w, bias)
+    return gemm_w16a16.reference(x, w, bias, dtype)
 
 
 def _onednn(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
@@ -98,11 +102,18 @@ class DenseWeight:
 
     def gemm(self, x: Act) -> Tensor:
         """Return x @ w.T + bias [T, N]; x [T, K] in the model's dtype."""
+        return self._product(x, x.dtype)
+
+    def logits(self, x: Act) -> Tensor:
+        """Return x @ w.T + bias [T, N] in fp32 (fp64); x [T, K] in the model's dtype."""
+        return self._product(x, exact(x.dtype))
+
+    def _product(self, x: Act, dtype: torch.dtype) -> Tensor:
         n, k = self.shape
         assert isinstance(x, Plain), f"gemm: x is {type(x).__name__}; expected Plain"
         assert x.x.shape[1] == k, f"gemm: x is {list(x.x.shape)}; expected [T, {k}]"
         rows, columns = self.weight.shape
-        y = gemm_w16a16(padded(x.x, (x.x.shape[0], columns)) if columns > k else x.x, self.weight, self.bias)
+        y = gemm_w16a16(padded(x.x, (x.x.shape[0], columns)) if columns > k else x.x, self.weight, self.bias, dtype)
         return y[:, :n] if rows > n else y
 
     def gate_up_silu(self, x: Act, wants: ActFormat) -> Act:
@@ -135,7 +146,7 @@ class W16A16:
         """Stack linears along N."""
         return concat(tensors)
 
-    def bind(self, t: Mapping[str, Tensor], *, bias: Tensor | None, dtype: torch.dtype, align: int = 1) -> Weight:
+    def bind(self, t: Mapping[str, Tensor], *, bias: Tensor | None, dtype: torch.dtype, align: int = 1) -> DenseWeight:
         """Return the weight in the model's dtype, packed for the device; on the CPU no second copy stays."""
         n, k = stored(t, "weight").shape
         check(self, t, n, k)

@@ -9,7 +9,6 @@ from torch import Tensor
 from omniserve.base.errors import CheckpointError
 from omniserve.formats.weight import (
     Field,
-    Weight,
     aligned,
     check,
     codes_of,
@@ -79,6 +78,10 @@ class Int8Weight:
         """Return x @ w.T + bias [T, N] in x.dtype; x [T, K] int8."""
         return self._product(x, x.dtype)
 
+    def logits(self, x: Act) -> Tensor:
+        """Return x @ w.T + bias [T, N] in fp32 (fp64); x [T, K] int8."""
+        return self._product(x, exact(x.dtype))
+
     def gate_up_silu(self, x: Act, wants: ActFormat) -> Act:
         """Return silu(gate) * up [T, N // 2] in the wanted format."""
         return swiglu(self.gemm(x), wants, x.dtype)
@@ -146,7 +149,7 @@ class W8A8:
         """Stack linears along N."""
         return concat(tensors)
 
-    def bind(self, t: Mapping[str, Tensor], *, bias: Tensor | None, dtype: torch.dtype, align: int = 1) -> Weight:
+    def bind(self, t: Mapping[str, Tensor], *, bias: Tensor | None, dtype: torch.dtype, align: int = 1) -> Int8Weight:
         """Return the weight with its codes as they are stored."""
         check(self, t, *stored(t, "codes").shape)
         return bind_int8(t["codes"], t["scale"], bias=bias, dtype=dtype, align=align)

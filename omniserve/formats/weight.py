@@ -50,6 +50,38 @@ class Weight(Protocol):
         """
 
 
+class Head(Protocol):
+    """The projection to logits. Immutable."""
+
+    @property
+    def wants(self) -> ActFormat:
+        """The format of its input."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in memory."""
+
+    def logits(self, x: Act) -> Tensor:
+        """Return x @ w.T: x [S, C] in format `wants`, result [S, V] in fp32 (fp64 if x.dtype is), rounded once.
+
+        In bf16 a logit of 20 could only be told from one that is 0.125 smaller.
+        """
+
+
+class HeadFormat(Protocol):
+    """A format that the projection to logits may have."""
+
+    @property
+    def wants(self) -> ActFormat:
+        """The format of its input."""
+
+    def from_dense(self, w: Tensor) -> dict[str, Tensor]:
+        """Return the stored tensors nearest to w [V, C] of any float dtype. Raises CheckpointError."""
+
+    def bind(self, t: Mapping[str, Tensor], *, bias: Tensor | None, dtype: torch.dtype, align: int = 1) -> Head:
+        """Return the projection as its device wants it, as `WeightFormat.bind` does."""
+
+
 class WeightFormat(Protocol):
     """One weight precision: what is stored, and how it becomes a `Weight`."""
 

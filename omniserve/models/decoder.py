@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from omniserve.base.spec import ModelSpec
-from omniserve.formats.weight import Weight
+from omniserve.formats.weight import Head
 from omniserve.layers.attention import Attention
 from omniserve.layers.mlp import MLP
 from omniserve.layers.moe import MoE
@@ -47,7 +47,7 @@ class Decoder:
     embedding: Tensor
     blocks: tuple[Block, ...]
     norm: Norm
-    head: Weight
+    head: Head
     weight_bytes: int
 
     def hidden(self, batch: Batch, stores: LayerStores) -> Tensor:
@@ -60,6 +60,6 @@ class Decoder:
         return x + delta
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits [S, V] of rows of the residual stream [S, C]."""
+        """Return the logits [S, V] of rows of the residual stream [S, C], fp32 (fp64 if the model is)."""
         normed, _ = self.norm(hidden, None, self.head.wants)
-        return self.head.gemm(normed)
+        return self.head.logits(normed)

@@ -10,13 +10,15 @@ from omniserve.base.spec import Experts, ModelSpec
 from omniserve.formats.artifact import read_linear, scheme_of
 from omniserve.formats.checkpoint import Source
 from omniserve.formats.table import weight_format
-from omniserve.formats.weight import Weight, WeightFormat
+from omniserve.formats.w16a16 import DenseWeight
+from omniserve.formats.weight import Head, HeadFormat, Weight, WeightFormat
 from omniserve.layers.attention import Attention
 from omniserve.layers.mlp import MLP
 from omniserve.layers.moe import MoE
 from omniserve.layers.norm import Norm
 from omniserve.models.decoder import Block, Decoder
 from omniserve.models.families import expert_names
+from omniserve.ops.act import ActFormat
 from omniserve.ops.rope import Rope
 from omniserve.sparsity.policy import Policy
 
@@ -29,6 +31,7 @@ def load_decoder(
     spec: ModelSpec,
     *,
     weights: WeightFormat,
+    head: HeadFormat,
     dtype: torch.dtype,
     device: torch.device,
     policy: Policy,
@@ -37,6 +40,7 @@ def load_decoder(
 ) -> Decoder:
     """Return the decoder of a checkpoint: of a quantized one as stored, else its linears rounded to `weights`.
 
+    head  the format of the projection to logits, which checkpoints keep in 16 bit
     Raises CheckpointError naming a tensor that holds NaN, infinity or values that its format does not allow.
     """
     reader = _Reader(source, weights, dtype, device)
@@ -46,10 +50,15 @@ def load_decoder(
         if progress is not None:
             progress(layer + 1, spec.layers)
     embedding = reader.plain("model.embed_tokens.weight")
-    head = reader.head()
+    projection = reader.head(head, embedding)
     norm = Norm(reader.plain("model.norm.weight"), spec.norm_eps)
     return Decoder(
-        spec=spec, embedding=embedding, blocks=tuple(blocks), norm=norm, head=head, weight_bytes=reader.total_bytes
+        spec=spec,
+        embedding=embedding,
+        blocks=tuple(blocks),
+        norm=norm,
+        head=projection,
+        weight_bytes=reader.total_bytes,
     )
 
 
@@ -142,13 +151,20 @@ class _Reader:
         self.total_bytes += tensor.nbytes
         return tensor
 
-    def head(self) -> Weight:
+    def head(self, form: HeadFormat, embedding: Tensor) -> Head:
         """Return the projection to logits: its own tensor if there is one, whatever the config says, else a tied one.
 
-        A device that wants the head packed holds a tied one twice, once for the look-up of tokens.
+        A tied one is held twice where it is packed or rounded, once for the look-up of tokens.
         """
         own = "lm_head.weight" in self._source.names()
-        return self.dense("lm_head" if own else "model.embed_tokens")
+        if own or form.wants is not ActFormat.PLAIN:
+            dense = self._finite("lm_head.weight" if own else "model.embed_tokens.weight").to(self._device)
+        else:
+            dense = embedding
+        head = form.bind(form.from_dense(dense), bias=None, dtype=self._dtype)
+        if not (isinstance(head, DenseWeight) and head.weight is embedding):
+            self.total_bytes += head.nbytes
+        return head
 
     def dense(self, module: str) -> Weight:
         """Return a linear without bias that stays in the model's dtype, whatever the precision."""

@@ -17,7 +17,7 @@ from omniserve.engine.engine import Engine
 from omniserve.engine.runner import Runner
 from omniserve.formats.checkpoint import open_checkpoint
 from omniserve.formats.kv import KVFormat, kv_format
-from omniserve.formats.table import weight_format
+from omniserve.formats.table import head_format, weight_format
 from omniserve.models.decoder import Decoder
 from omniserve.models.families import family
 from omniserve.models.load import load_decoder
@@ -140,6 +140,7 @@ def load(
             source,
             spec,
             weights=weight_format(precision.weight, precision.group),
+            head=head_format("w16"),
             dtype=TORCH[dtype],
             device=CPU,
             policy=policy,

@@ -41,8 +41,11 @@ def gemm_w16a16() -> Iterator[tuple[str, Args]]:
         x = torch.randn(m, k, generator=_generator(m + k))
         w = torch.randn(n, k, generator=_generator(n + k))
         bias = torch.randn(n, generator=_generator(n))
-        yield f"plain {m}x{n}x{k}", (x, w, None)
-        yield f"packed {m}x{n}x{k}", (x, pack(w), bias)
+        yield f"plain {m}x{n}x{k}", (x, w, None, torch.float32)
+        yield f"packed {m}x{n}x{k}", (x, pack(w), bias, torch.float32)
+        half = (x.half(), w.half(), bias.half())
+        yield f"16 bit {m}x{n}x{k}", (*half, torch.float16)
+        yield f"16 bit {m}x{n}x{k} to fp32", (*half, torch.float32)
 
 
 SIZES = ((0, 16, 64), (1, 1, 2), (1, 192, 576), (5, 64, 128), (17, 200, 130), (70, 64, 256), (3, 130, 1152))

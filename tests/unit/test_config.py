@@ -132,11 +132,11 @@ def test_wrong_variables_are_refused(monkeypatch: pytest.MonkeyPatch, name: str,
         options_from_environment()
 
 
-def resolved(**values: object) -> object:
+def resolved(device: Device = CPU, **values: object) -> object:
     return resolve(
         options_from(values, origin="keyword"),
         SPEC,
-        CPU,
+        device,
         stored=None,
         dtype="float32",
         token_bytes=100,
@@ -163,6 +163,23 @@ def test_resolve_replaces_every_auto() -> None:
     config = resolved()
     assert (config.precision.name, config.limits.max_model_len, config.overlap) == ("w8a8kv8", 512, False)  # type: ignore[attr-defined]
     assert config.cache.memory_bytes == 16 * 512 * 100  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "asked", "head"),
+    [
+        ("cpu", "w4a8kv4", "auto", "w16"),
+        ("cpu", "w4a8kv4", "w8", "w8"),
+        ("cuda", "w4a8kv4", "auto", "w8"),
+        ("cuda", "w4a8kv4", "w16", "w16"),
+        ("cuda", "w16a16kv16", "auto", "w16"),
+        ("cuda", "w16a16kv16", "w8", "w8"),
+    ],
+)
+def test_the_head_has_8_bits_where_that_pays(kind: str, precision: str, asked: str, head: str) -> None:
+    device = Device(kind=kind, memory_bytes=2**30)  # type: ignore[arg-type]
+    config = resolved(device, precision=precision, lm_head=asked, kv_cache_memory_bytes=2**29)
+    assert config.lm_head == head  # type: ignore[attr-defined]
 
 
 def test_a_quantized_checkpoint_keeps_its_weights() -> None:

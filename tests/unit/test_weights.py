@@ -377,7 +377,7 @@ def test_packed_dense_weights_multiply_as_plain_ones() -> None:
         x = random(tokens, 400, seed=tokens).float()[:, ::2]
         expected = x.double() @ w.double().T + bias.double()
         for form in (w, packed):
-            assert torch.allclose(gemm_w16a16(x, form, bias).double(), expected, atol=1e-4, rtol=1e-5)
+            assert torch.allclose(gemm_w16a16(x, form, bias, x.dtype).double(), expected, atol=1e-4, rtol=1e-5)
             with force_reference():
-                assert torch.allclose(gemm_w16a16(x, form, bias).double(), expected, atol=1e-4, rtol=1e-5)
+                assert torch.allclose(gemm_w16a16(x, form, bias, x.dtype).double(), expected, atol=1e-4, rtol=1e-5)
     assert not pack(w.double()).is_mkldnn
