@@ -6,7 +6,7 @@ and 8 key heads, D = 128) and SmolLM2-135M (hidden 576, D = 64, groups of 3).
 
 from collections.abc import Iterator
 
-from omniserve.kernels import attention, flash, hopper, linear, prefill, rows, select, statistics, write
+from omniserve.kernels import attention, dense, flash, hopper, linear, pick, prefill, rows, select, statistics, write
 from omniserve.kernels.ahead import Spec
 from omniserve.kernels.tiles import Tile, choose, default
 
@@ -44,6 +44,9 @@ FLOATS = r"mma\S*\.f32\.(f16|bf16)"
 SHAPES = ((4, 128), (3, 64), (1, 128), (8, 256), (1, 80))
 """Query heads per key head, and their dims."""
 
+DENSE_LOOP = (130, 110)
+"""SASS instructions of one turn of a 16-bit product's loop: on compute capability 9.0, and on the others."""
+
 SCORE_LOOPS = {64: 400, 128: 400, 256: 700}
 """Budget of the scorer's loop, by head dims."""
 
@@ -54,6 +57,8 @@ KEY_LOOPS = {4: 750, 8: 650, 16: 250}
 def specs(arch: int) -> Iterator[Spec]:
     """Yield all specs of a card; `first` are one per kernel on compute capability 9.0, and a product on the others."""
     yield from _linear(arch)
+    yield from _dense(arch)
+    yield from _pick(arch)
     yield from _rows(arch)
     yield from _write(arch)
     yield from _attention(arch)
@@ -124,10 +129,53 @@ def _gluon(tile: Tile, kind: str, tokens: int, n: int, k: int) -> Spec:
     )
 
 
+def _dense(arch: int) -> Iterator[Spec]:
+    model = "*bf16"
+    for tokens, n in ((16, 128256), (16, 4096), (64, 4096), (64, 28672), (256, 4096), (2048, 4096)):
+        tile = dense.choose_dense(tokens, n, arch=arch)
+        yield Spec(
+            name=f"dense {tokens}x{n}x4096",
+            arch=arch,
+            kernel=dense.dense_kernel,
+            types={
+                "x": model, "w": model, "bias": model, "y": "*fp32" if n == 128256 else model,
+                "M": "i32", "N": "i32", "K": "i32", "x_stride": "i32",
+            },
+            constants=dense.constants(tile, bias=False, columns=4096),
+            warps=tile.warps,
+            stages=tile.stages,
+            loose=("M",),
+            matrix=r"wgmma\.mma_async\S*\.f32\.bf16" if arch == 90 else r"mma\.sync\S*m16n8k16\S*\.f32\.bf16",
+            longest=DENSE_LOOP[arch != 90],
+            first=arch == 90 and tokens == 64,
+        )  # fmt: skip
+
+
+def _pick(arch: int) -> Iterator[Spec]:
+    common = {"arch": arch, "first": arch == 90}
+    yield Spec(
+        name="largest logit of a part",
+        kernel=pick.parts_kernel,
+        types={"logits": "*fp32", "keys": "*i64", "V": "i32", "stride": "i32", "parts": "i32"},
+        constants={"BLOCK": pick.PART},
+        warps=8,
+        **common,
+    )
+    yield Spec(
+        name="largest logit of a row",
+        kernel=pick.pick_kernel,
+        types={"keys": "*i64", "tokens": "*i64", "parts": "i32", "nothing": "i32"},
+        constants={"PARTS": 32},
+        warps=1,
+        loose=("nothing",),
+        **common,
+    )
+
+
 def _rows(arch: int) -> Iterator[Spec]:
     model = "*bf16"
     emitted = {"plain": model, "codes": "*i8", "scale": "*fp32", "total": "*i32"}
-    flags = {"INT8": True, "SUM": True}
+    flags = {"INT8": True, "SUM": True, "ASM": True}
     for columns in (576, 4096, 14336, 28672):
         block, warps = rows.block_of(columns)
         common = {"arch": arch, "warps": warps, "fusion": False, "first": arch == 90 and columns == 4096}
@@ -135,15 +183,16 @@ def _rows(arch: int) -> Iterator[Spec]:
             name=f"quantize {columns}",
             kernel=rows.quantize_kernel,
             types={"x": model, "codes": "*i8", "scale": "*fp32", "total": "*i32", "C": "i32", "x_stride": "i32"},
-            constants={"SUM": True, "BLOCK": block},
+            constants={"SUM": True, "BLOCK": block, "ASM": True},
             **common,
         )
+        chunk, chunks = rows.chunks_of(columns, 4)
         yield Spec(
             name=f"swiglu {columns}",
             kernel=rows.swiglu_kernel,
             types={"x": "*fp32", **emitted, "C": "i32", "x_stride": "i32"},
-            constants={"PLAIN": False, "BLOCK": block, **flags},
-            **common,
+            constants={"PLAIN": False, "CHUNK": chunk, "CHUNKS": chunks, **flags},
+            **(common | {"warps": rows.CHUNK_WARPS}),
         )
         yield Spec(
             name=f"add_norm {columns}",
@@ -166,7 +215,7 @@ def _write(arch: int) -> Iterator[Spec]:
                 "qkv": model, "positions": "*i64", "table": "*fp32", "q_gain": model, "k_gain": model, "q": model,
                 "slots0": "*i64", "slots1": "*i64", "codes0": element, "codes1": element, "params0": "*fp16",
                 "params1": "*fp16", "scale0": "*fp32", "scale1": "*fp32", "mean0": "*fp32", "mean1": "*fp32",
-                "stride": "i32", "kv_heads": "i32", "share": "i32", "eps": "fp32",
+                "stride": "i32", "kv_heads": "i32", "share0": "i32", "eps": "fp32",
             }  # fmt: skip
             yield Spec(
                 name=f"rope_write kv{bits}, {group} heads of {head_dim}",
@@ -174,8 +223,8 @@ def _write(arch: int) -> Iterator[Spec]:
                 kernel=write.rope_write_kernel,
                 types=types,
                 constants=write.constants(group, head_dim, bits, norm=norm, static=False, mean=True, two=two),
-                warps=write.warps_of(group, head_dim),
-                loose=("kv_heads", "share"),
+                warps=write.WARPS,
+                loose=("kv_heads", "share0"),
                 fusion=False,
                 first=arch == 90 and (head_dim, bits) == (128, 4),
             )

@@ -1,7 +1,7 @@
 """Operations on whole rows of activations, one program per token: each ends in the format that the next linear wants.
 
-Scale and codes follow the reference to the last rounding: true divisions, rounding to nearest even, no fused
-multiply-add. Codes are taken from fp32 values that were never rounded to the model's dtype.
+Scale and codes follow the reference to the last rounding: correctly rounded quotients, rounding to nearest even, no
+multiply-add that the compiler fused. Codes are taken from fp32 values that were never rounded to the model's dtype.
 """
 
 import torch
@@ -9,32 +9,42 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from omniserve.kernels.device import OUTPUTS, kernel_of, need
-from omniserve.ops.act import Act, ActFormat, Both, Int8, Plain, quantize
+from omniserve.kernels.device import INTERPRETED, OUTPUTS, kernel_of, need
+from omniserve.kernels.rounding import magnitude, nearest, quotient, reciprocal, share
+from omniserve.ops.act import FLOOR, Act, ActFormat, Both, Int8, Plain, quantize
 from omniserve.ops.glu import swiglu
 from omniserve.ops.norm import add_norm
 
 WIDEST = 32768
 """Columns that one program holds in its registers."""
 
+_FLOOR = tl.constexpr(FLOOR)
+
+
+@triton.jit
+def _step(amax, ASM: tl.constexpr):
+    """Return the scale of a row; NaN of NaN."""
+    return share(tl.where(amax < _FLOOR, _FLOOR, amax), 127.0, ASM)
+
 
 @triton.jit
 def _emit(
-    value, keep, place, row, plain, codes, scale, total, PLAIN: tl.constexpr, INT8: tl.constexpr, SUM: tl.constexpr
-):
-    """Write fp32 values of a row (0 where not `keep`) as plain numbers, as int8 codes with a scale, or as both."""
+    value, keep, place, row, plain, codes, scale, total,
+    PLAIN: tl.constexpr, INT8: tl.constexpr, SUM: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Write fp32 values of a row (0 where not `keep`) as plain numbers, as int8 codes with a scale, or as both.
+
+    A row with NaN gets the scale NaN. No code leaves -127..127: the largest number over its own scale is 127.
+    """
     if PLAIN:
         tl.store(plain + place, value.to(plain.dtype.element_ty), mask=keep)
     if INT8:
-        amax = tl.max(tl.abs(value), 0)
-        step = tl.div_rn(tl.maximum(amax, 1e-6), 127.0)
-        # Adding 1.5 * 2^23 leaves no bit for fractions: a sum rounds to nearest even.
-        code = (tl.div_rn(value, step) + 12582912.0) - 12582912.0
-        code = tl.minimum(tl.maximum(code, -127.0), 127.0)
+        step = _step(tl.max(magnitude(value), 0).to(tl.float32, bitcast=True), ASM)
+        code = nearest(quotient(value, step, ASM))
         tl.store(codes + place, code.to(tl.int8), mask=keep)
         tl.store(scale + row, step)
         if SUM:
-            tl.store(total + row, tl.sum(code.to(tl.int32), 0))
+            tl.store(total + row, tl.sum(code, 0))
 
 
 @triton.jit
@@ -47,13 +57,14 @@ def quantize_kernel(
     x_stride,
     SUM: tl.constexpr,
     BLOCK: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Quantize one row."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     keep = at < C
     value = tl.load(x + row * x_stride + at, mask=keep, other=0.0).to(tl.float32)
-    _emit(value, keep, row * C + at, row, codes, codes, scale, total, False, True, SUM)
+    _emit(value, keep, row * C + at, row, codes, codes, scale, total, False, True, SUM, ASM)
 
 
 @triton.jit
@@ -75,6 +86,7 @@ def add_norm_kernel(
     INT8: tl.constexpr,
     SUM: tl.constexpr,
     BLOCK: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Add, norm and emit one row."""
     row = tl.program_id(0).to(tl.int64)
@@ -90,7 +102,7 @@ def add_norm_kernel(
     mean = tl.div_rn(tl.sum(value * value, 0), 1.0 * C)
     value = value * tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
     value = value * tl.load(weight + at, mask=keep, other=0.0).to(tl.float32)
-    _emit(value, keep, place, row, plain, codes, scale, total, PLAIN, INT8, SUM)
+    _emit(value, keep, place, row, plain, codes, scale, total, PLAIN, INT8, SUM, ASM)
 
 
 @triton.jit
@@ -105,22 +117,53 @@ def swiglu_kernel(
     PLAIN: tl.constexpr,
     INT8: tl.constexpr,
     SUM: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    ASM: tl.constexpr,
 ):
-    """Multiply silu(gate) by up and emit one row."""
+    """Multiply silu(gate) by up and emit one row, chunk by chunk: the products stay in registers for both passes."""
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    keep = at < C
-    gate = tl.load(x + row * x_stride + at, mask=keep, other=0.0).to(tl.float32)
-    value = gate / (1.0 + tl.exp(-gate))
-    value = value * tl.load(x + row * x_stride + C + at, mask=keep, other=0.0).to(tl.float32)
-    _emit(value, keep, row * C + at, row, plain, codes, scale, total, PLAIN, INT8, SUM)
+    at = tl.arange(0, CHUNK)
+    values = ()
+    most = tl.zeros((CHUNK,), tl.int32)
+    for chunk in tl.static_range(CHUNKS):
+        column = chunk * CHUNK + at
+        keep = column < C
+        gate = tl.load(x + row * x_stride + column, mask=keep, other=0.0).to(tl.float32)
+        value = gate * reciprocal(1.0 + tl.exp(-gate), ASM)
+        value = value * tl.load(x + row * x_stride + C + column, mask=keep, other=0.0).to(tl.float32)
+        if PLAIN:
+            tl.store(plain + row * C + column, value.to(plain.dtype.element_ty), mask=keep)
+        most = tl.maximum(most, magnitude(value))
+        values = values + (value,)  # noqa: RUF005  # Triton knows no unpacking
+    if INT8:
+        step = _step(tl.max(most, 0).to(tl.float32, bitcast=True), ASM)
+        sums = tl.zeros((CHUNK,), tl.int32)
+        for chunk in tl.static_range(CHUNKS):
+            column = chunk * CHUNK + at
+            code = nearest(quotient(values[chunk], step, ASM))
+            tl.store(codes + row * C + column, code.to(tl.int8), mask=column < C)
+            sums += code
+        tl.store(scale + row, step)
+        if SUM:
+            tl.store(total + row, tl.sum(sums, 0))
 
 
 def block_of(columns: int) -> tuple[int, int]:
     """Return (columns that a program covers, its warps)."""
     block = max(128, triton.next_power_of_2(columns))
-    return block, min(max(block // 512, 1), 16 if block < WIDEST else 32)
+    warps = max(min(block // 256, 4), block // 1024, 1)
+    return block, min(warps, 32)
+
+
+CHUNK_WARPS = 16
+"""Warps of one program of `swiglu_kernel`; each of their threads takes 16 bytes of gate and of up at a time."""
+
+
+def chunks_of(columns: int, element_bytes: int) -> tuple[int, int]:
+    """Return (columns of a chunk, chunks of a row) of `swiglu_kernel`."""
+    chunk = min(max(128, triton.next_power_of_2(columns)), CHUNK_WARPS * 32 * 16 // element_bytes)
+    return chunk, triton.cdiv(columns, chunk)
 
 
 class _Result:
@@ -171,7 +214,17 @@ def quantize_triton(x: Tensor, wants: ActFormat) -> Act:
     if rows:
         _, codes, scale, total = result.pointers(x)
         quantize_kernel[(rows,)](
-            x, codes, scale, total, columns, x.stride(0), result.sums, block, num_warps=warps, enable_fp_fusion=False
+            x,
+            codes,
+            scale,
+            total,
+            columns,
+            x.stride(0),
+            result.sums,
+            block,
+            not INTERPRETED,
+            num_warps=warps,
+            enable_fp_fusion=False,
         )
     act = result.act()
     return Both(Plain(x), act) if wants in (ActFormat.BOTH, ActFormat.BOTH_SUM) else act
@@ -193,6 +246,7 @@ def add_norm_triton(
         add_norm_kernel[(rows,)](
             x, change, weight.contiguous(), residual, *result.pointers(residual), columns, x.stride(0),
             change.stride(0), eps, delta is not None, result.plain_wanted, result.int8_wanted, result.sums, block,
+            not INTERPRETED,
             num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
     return result.act(), residual
@@ -205,10 +259,10 @@ def swiglu_triton(product: Tensor, wants: ActFormat, dtype: torch.dtype) -> Act:
     product = _checked(product, columns, "swiglu")
     need(dtype in OUTPUTS, f"swiglu in {dtype} on a GPU: float16, bfloat16 and float32 are there")
     result = _Result(rows, columns, wants, dtype, product.device)
-    block, warps = block_of(columns)
     if rows:
         swiglu_kernel[(rows,)](
             product, *result.pointers(product), columns, product.stride(0), result.plain_wanted, result.int8_wanted,
-            result.sums, block, num_warps=warps, enable_fp_fusion=False,
+            result.sums, *chunks_of(columns, product.element_size()), not INTERPRETED, num_warps=CHUNK_WARPS,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return result.act()

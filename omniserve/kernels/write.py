@@ -1,7 +1,8 @@
 """`rope_write` in one launch: norm and rotate q and k, quantize K and V, write them into their pages.
 
-One program per token and key head: it turns the head's queries, its key, and writes key and value. Dims j and j + D / 2
-are what RoPE rotates and, in kv4, what shares a byte: everything here works on the two halves of a head.
+One program per token and a few key heads of one group: it turns their queries and keys, and writes keys and values.
+Dims j and j + D / 2 are what RoPE rotates and, in kv4, what shares a byte: everything here works on the two halves of a
+head.
 """
 
 from collections.abc import Sequence
@@ -11,9 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from omniserve.base.numbers import ceil_div
 from omniserve.base.types import PAGE
 from omniserve.formats.kv import LARGEST, SMALLEST, STATIC_ZERO, LayerPages
-from omniserve.kernels.device import OUTPUTS, kernel_of, need
+from omniserve.kernels.device import INTERPRETED, OUTPUTS, kernel_of, need
+from omniserve.kernels.rounding import clamped, quotient, share
 from omniserve.kernels.statistics import note
 from omniserve.ops.pages import rope_write
 from omniserve.ops.rope import Rope
@@ -41,48 +44,46 @@ def _turn(low, high, gain_low, gain_high, cos, sin, eps, D: tl.constexpr, NORM: 
 
 @triton.jit
 def _store(
-    low,  # fp32 [D / 2 padded], 0 outside
+    low,  # fp32 [heads, D / 2 padded], 0 outside
     high,
-    keep,  # dims that exist
-    write,  # False for tokens that are skipped
-    codes,  # where the token's codes lie
-    params,  # where its scale lies; its zero is 64 further
-    scale,  # where the static scale lies, if STATIC
+    there,  # heads and dims that exist, False for tokens that are skipped
+    write,  # heads that exist, False for tokens that are skipped
+    codes,  # [heads]: where each head's codes of the token lie
+    params,  # [heads]: where its scale lies; its zero is 64 further
+    scale,  # [heads]: where its static scale lies, if STATIC
     at,
     HALF: tl.constexpr,
     BITS: tl.constexpr,
     STATIC: tl.constexpr,
+    ASM: tl.constexpr,
 ):
-    """Write one key or value: plain, or as codes with scale and zero. The order of roundings is `KVFormat.encode`'s."""
-    there = keep & write
+    """Write keys or values: plain, or as codes with scale and zero. The order of roundings is `KVFormat.encode`'s."""
+    place = codes[:, None] + at[None, :]
     if BITS >= 16:
-        tl.store(codes + at, low.to(codes.dtype.element_ty), mask=there)
-        tl.store(codes + HALF + at, high.to(codes.dtype.element_ty), mask=there)
+        tl.store(place, low.to(codes.dtype.element_ty), mask=there)
+        tl.store(place + HALF, high.to(codes.dtype.element_ty), mask=there)
     else:
         TOP: tl.constexpr = (1 << BITS) - 1
         if STATIC:
-            step = tl.load(scale).to(tl.float16)
-            zero = tl.full((), _STATIC_ZERO, tl.float32).to(tl.float16)
+            step = tl.load(scale, mask=write, other=1.0).to(tl.float16)
+            zero = tl.full(step.shape, _STATIC_ZERO, tl.float32).to(tl.float16)
         else:
-            infinity = float("inf")
-            most = tl.maximum(tl.max(tl.where(keep, low, -infinity), 0), tl.max(tl.where(keep, high, -infinity), 0))
-            low_end = tl.minimum(tl.min(tl.where(keep, low, infinity), 0), tl.min(tl.where(keep, high, infinity), 0))
+            keep = (at < HALF)[None, :]
+            most = tl.max(tl.where(keep, tl.maximum(low, high), -float("inf")), 1)
+            low_end = tl.min(tl.where(keep, tl.minimum(low, high), float("inf")), 1)
             least = low_end * -1.0  # keeps the sign of a zero, as the reference does
-            span = tl.div_rn(most + least, 1.0 * TOP)
+            span = share(most + least, 1.0 * TOP, ASM)
             wide = tl.maximum(span, tl.maximum(most, least) * 0.0009765625)
             step = tl.minimum(tl.maximum(wide, _SMALLEST), _LARGEST).to(tl.float16)
-            zero = tl.div_rn(least, step.to(tl.float32)).to(tl.float16)
-        step32, zero32 = step.to(tl.float32), zero.to(tl.float32)
-        # Adding 1.5 * 2^23 leaves no bit for fractions: a sum rounds to nearest even.
-        first = ((tl.div_rn(low, step32) + zero32) + 12582912.0) - 12582912.0
-        second = ((tl.div_rn(high, step32) + zero32) + 12582912.0) - 12582912.0
-        first = tl.minimum(tl.maximum(first, 0.0), 1.0 * TOP).to(tl.int32)
-        second = tl.minimum(tl.maximum(second, 0.0), 1.0 * TOP).to(tl.int32)
+            zero = quotient(least, step.to(tl.float32), ASM).to(tl.float16)
+        step32, zero32 = step.to(tl.float32)[:, None], zero.to(tl.float32)[:, None]
+        first = clamped(quotient(low, step32, ASM) + zero32, TOP)
+        second = clamped(quotient(high, step32, ASM) + zero32, TOP)
         if BITS == 4:
-            tl.store(codes + at, (first | (second << 4)).to(tl.uint8), mask=there)
+            tl.store(place, (first | (second << 4)).to(tl.uint8), mask=there)
         else:
-            tl.store(codes + at, first.to(tl.uint8), mask=there)
-            tl.store(codes + HALF + at, second.to(tl.uint8), mask=there)
+            tl.store(place, first.to(tl.uint8), mask=there)
+            tl.store(place + HALF, second.to(tl.uint8), mask=there)
         tl.store(params, step, mask=write)
         tl.store(params + 64, zero, mask=write)
 
@@ -107,73 +108,83 @@ def rope_write_kernel(
     mean1,
     stride,
     kv_heads,
-    share,  # key heads of the first group
+    share0,  # key heads of the first group
     eps,
     G: tl.constexpr,
-    GP: tl.constexpr,  # G, rounded up to a power of two
     D: tl.constexpr,
     HP: tl.constexpr,  # D / 2, rounded up to a power of two
+    HEADS: tl.constexpr,  # key heads of one program
+    QUERIES: tl.constexpr,  # their query heads, rounded up to a power of two
     BITS: tl.constexpr,
     NORM: tl.constexpr,
     STATIC: tl.constexpr,
     MEAN: tl.constexpr,
     TWO: tl.constexpr,
+    ASM: tl.constexpr,
 ):
-    """One token, one key head."""
+    """One token, HEADS key heads of one group."""
     HALF: tl.constexpr = D // 2
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    part = tl.program_id(1)
     like = qkv.dtype.element_ty
+    slots, codes, params, scale, mean, first, heads = slots0, codes0, params0, scale0, mean0, share0 * 0, share0
+    begin = part * HEADS
+    if TWO:
+        parts = tl.cdiv(share0, HEADS)
+        if part >= parts:
+            slots, codes, params, scale, mean, first = slots1, codes1, params1, scale1, mean1, share0
+            heads = kv_heads - share0
+            begin = (part - parts) * HEADS
+    slot = tl.load(slots + token)
     at = tl.arange(0, HP)
     keep = at < HALF
     turn = table + tl.load(positions + token) * D + at
-    cos = tl.load(turn, mask=keep, other=0.0)
-    sin = tl.load(turn + HALF, mask=keep, other=0.0)
+    cos = tl.load(turn, mask=keep, other=0.0)[None, :]
+    sin = tl.load(turn + HALF, mask=keep, other=0.0)[None, :]
 
-    group = tl.arange(0, GP)
-    some = (group < G)[:, None] & keep[None, :]
-    source = qkv + token * stride + (head * G + group)[:, None] * D + at[None, :]
-    gain_low, gain_high = cos[None, :], sin[None, :]
+    mine = begin + tl.arange(0, HEADS)
+    there = (mine < heads)[:, None] & keep[None, :]
+    query = tl.arange(0, QUERIES)
+    some = (query < tl.minimum(heads - begin, HEADS) * G)[:, None] & keep[None, :]
+    query += (first + begin) * G
+    source = qkv + token * stride
+    queries = source + query[:, None] * D + at[None, :]
+    keys = source + (kv_heads * G + first + mine)[:, None] * D + at[None, :]
+    values = keys + kv_heads * D
+    low, high = tl.load(queries, mask=some, other=0.0), tl.load(queries + HALF, mask=some, other=0.0)
+    k_low, k_high = tl.load(keys, mask=there, other=0.0), tl.load(keys + HALF, mask=there, other=0.0)
+    v_low, v_high = tl.load(values, mask=there, other=0.0), tl.load(values + HALF, mask=there, other=0.0)
+
+    gain_low, gain_high = cos, sin
     if NORM:
         gain_low = tl.load(q_gain + at, mask=keep, other=0.0).to(tl.float32)[None, :]
         gain_high = tl.load(q_gain + HALF + at, mask=keep, other=0.0).to(tl.float32)[None, :]
-    low, high = tl.load(source, mask=some, other=0.0), tl.load(source + HALF, mask=some, other=0.0)
-    low, high = _turn(low, high, gain_low, gain_high, cos[None, :], sin[None, :], eps, D, NORM, like)
-    target = q + (token * kv_heads * G + (head * G + group)[:, None]) * D + at[None, :]
+    low, high = _turn(low, high, gain_low, gain_high, cos, sin, eps, D, NORM, like)
+    target = q + (token * kv_heads * G + query[:, None]) * D + at[None, :]
     tl.store(target, low, mask=some)
     tl.store(target + HALF, high, mask=some)
 
-    source = qkv + token * stride + (kv_heads * G + head) * D + at
-    gain_low, gain_high = cos, sin
     if NORM:
-        gain_low = tl.load(k_gain + at, mask=keep, other=0.0).to(tl.float32)
-        gain_high = tl.load(k_gain + HALF + at, mask=keep, other=0.0).to(tl.float32)
-    low, high = tl.load(source, mask=keep, other=0.0), tl.load(source + HALF, mask=keep, other=0.0)
-    low, high = _turn(low, high, gain_low, gain_high, cos, sin, eps, D, NORM, like)
-    low, high = low.to(tl.float32), high.to(tl.float32)
-    source += kv_heads * D
-    v_low = tl.load(source, mask=keep, other=0.0).to(tl.float32)
-    v_high = tl.load(source + HALF, mask=keep, other=0.0).to(tl.float32)
-
-    slots, codes, params, scale, mean, first, heads = slots0, codes0, params0, scale0, mean0, share * 0, share
-    if TWO:  # noqa: SIM102  # known when compiled, unlike the branch inside
-        if head >= share:
-            slots, codes, params, scale, mean, first = slots1, codes1, params1, scale1, mean1, share
-            heads = kv_heads - share
-    mine = head - first
+        gain_low = tl.load(k_gain + at, mask=keep, other=0.0).to(tl.float32)[None, :]
+        gain_high = tl.load(k_gain + HALF + at, mask=keep, other=0.0).to(tl.float32)[None, :]
+    k_low, k_high = _turn(k_low, k_high, gain_low, gain_high, cos, sin, eps, D, NORM, like)
+    k_low, k_high = k_low.to(tl.float32), k_high.to(tl.float32)
     if MEAN:
-        low -= tl.load(mean + mine * D + at, mask=keep, other=0.0).to(tl.float32)
-        high -= tl.load(mean + mine * D + HALF + at, mask=keep, other=0.0).to(tl.float32)
-    slot = tl.load(slots + token)
+        middle = mean + mine[:, None] * D + at[None, :]
+        k_low -= tl.load(middle, mask=there, other=0.0).to(tl.float32)
+        k_high -= tl.load(middle + HALF, mask=there, other=0.0).to(tl.float32)
+    write = (mine < heads) & (slot >= 0)
+    there = there & (slot >= 0)
     BYTES: tl.constexpr = D // 2 if BITS == 4 else D  # of a token's codes; numbers, where they are plain
     PARAMS: tl.constexpr = 256 if BITS < 16 else 0  # fp16 numbers behind the codes
     page = (slot >> 6) * heads + mine
     offset = slot & 63
     here = codes + page * (2 * _PAGE * BYTES + 2 * PARAMS) + offset * BYTES
     behind = params + page * (_PAGE * BYTES + PARAMS) + _PAGE * BYTES + offset
-    _store(low, high, keep, slot >= 0, here, behind, scale + mine, at, HALF, BITS, STATIC)
+    _store(k_low, k_high, there, write, here, behind, scale + mine, at, HALF, BITS, STATIC, ASM)
     here += _PAGE * BYTES
-    _store(v_low, v_high, keep, slot >= 0, here, behind + 128, scale + heads + mine, at, HALF, BITS, STATIC)
+    v_low, v_high = v_low.to(tl.float32), v_high.to(tl.float32)
+    _store(v_low, v_high, there, write, here, behind + 128, scale + heads + mine, at, HALF, BITS, STATIC, ASM)
 
 
 def checked(stores: Sequence[LayerPages], head_dim: int) -> None:
@@ -211,7 +222,8 @@ def rope_write_triton(
             spare if getattr(store, of) is None else getattr(store, of).contiguous() for store, _ in (first, last)
         )
 
-    rope_write_kernel[(tokens, kv_heads)](
+    flags = constants(group, head_dim, form.bits, norm=norm, static=form.static, mean=mean, two=len(stores) == 2)
+    rope_write_kernel[(tokens, sum(ceil_div(store.heads, flags["HEADS"]) for store in stores))](
         qkv,
         positions.contiguous(),
         rope.table,
@@ -228,8 +240,8 @@ def rope_write_triton(
         kv_heads,
         first[0].heads,
         rope.eps,
-        **constants(group, head_dim, form.bits, norm=norm, static=form.static, mean=mean, two=len(stores) == 2),
-        num_warps=warps_of(group, head_dim),
+        **flags,
+        num_warps=WARPS,
         enable_fp_fusion=False,
     )
     for slot, store in zip(slots, stores, strict=True):
@@ -242,12 +254,18 @@ def constants(
     group: int, head_dim: int, bits: int, *, norm: bool, static: bool, mean: bool, two: bool
 ) -> dict[str, int | bool]:
     """Return what `rope_write_kernel` is compiled for."""
+    heads = heads_of(group, head_dim)
     return {
-        "G": group, "GP": triton.next_power_of_2(group), "D": head_dim, "HP": triton.next_power_of_2(head_dim // 2),
-        "BITS": bits, "NORM": norm, "STATIC": static, "MEAN": mean, "TWO": two,
+        "G": group, "D": head_dim, "HP": triton.next_power_of_2(head_dim // 2), "HEADS": heads,
+        "QUERIES": triton.next_power_of_2(heads * group), "BITS": bits, "NORM": norm, "STATIC": static, "MEAN": mean,
+        "TWO": two, "ASM": not INTERPRETED,
     }  # fmt: skip
 
 
-def warps_of(group: int, head_dim: int) -> int:
-    """Return the warps of one program: one, unless a head's queries would fill its registers."""
-    return 1 if group * head_dim <= 1024 else 4
+def heads_of(group: int, head_dim: int) -> int:
+    """Return the key heads of one program: as many as fit its registers beside their queries, up to 8."""
+    return max(1, min(8, 4096 // (triton.next_power_of_2(group) * triton.next_power_of_2(head_dim))))
+
+
+WARPS = 4
+"""Warps of one program."""

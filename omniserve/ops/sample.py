@@ -14,6 +14,7 @@ from torch import Tensor
 
 from omniserve.base.types import Admission
 from omniserve.ops.dispatch import operation
+from omniserve.ops.transfer import placed, sent
 
 PROMPT = 1 << 30
 """Bit of a token's count that says: it occurs in the prompt. The bits below count how often it was produced."""
@@ -261,30 +262,32 @@ class SampleState:
         rows = _among(slots, self._biased)
         if not rows or self._bias is None:
             return None
-        return Bias(rows=self._ids(rows), slots=self._ids([slots[row] for row in rows]), table=self._bias)
+        at, where = self._rows_and_slots(rows, slots)
+        return Bias(rows=at, slots=where, table=self._bias)
 
     def _muted_rows(self, slots: Sequence[int], positions: Sequence[int]) -> Muted | None:
         rows = [row for row in _among(slots, self._muted) if positions[row] < self._earliest_end[slots[row]]]
         if not rows:
             return None
-        ids = self._stops[self._ids([slots[row] for row in rows])]
-        return Muted(rows=self._ids(rows), ids=torch.where(ids == _NONE, ids[:, :1], ids))
+        at, where = self._rows_and_slots(rows, slots)
+        ids = self._stops[where]
+        return Muted(rows=at, ids=torch.where(ids == _NONE, ids[:, :1], ids))
 
     def _word_rows(self, slots: Sequence[int]) -> BadWords | None:
         rows = _among(slots, self._worded)
         if not rows:
             return None
-        where = self._ids([slots[row] for row in rows])
-        return BadWords(rows=self._ids(rows), slots=where, words=self._words[where], recent=self._recent[where])
+        at, where = self._rows_and_slots(rows, slots)
+        return BadWords(rows=at, slots=where, words=self._words[where], recent=self._recent[where])
 
     def _penalty_rows(self, slots: Sequence[int]) -> Penalties | None:
         rows = _among(slots, self._penalized)
         if not rows or self._counts is None:
             return None
-        where = self._ids([slots[row] for row in rows])
+        at, where = self._rows_and_slots(rows, slots)
         _, _, _, repetition, presence, frequency = self._floats[where].unbind(1)
         return Penalties(
-            rows=self._ids(rows),
+            rows=at,
             slots=where,
             counts=self._counts,
             repetition=repetition,
@@ -296,13 +299,14 @@ class SampleState:
         rows = _among(slots, those)
         if not rows:
             return None
-        numbers = self._ids([rows, [slots[row] for row in rows], [positions[row] for row in rows]])
-        temperature, top_p, min_p, *_ = self._floats[numbers[1]].unbind(1)
-        top_k, seed = self._wholes[numbers[1]].unbind(1)
+        lists = rows, [slots[row] for row in rows], [positions[row] for row in rows]
+        at, where, position = sent(lists, self._device)
+        temperature, top_p, min_p, *_ = self._floats[where].unbind(1)
+        top_k, seed = self._wholes[where].unbind(1)
         return Chance(
-            rows=numbers[0],
+            rows=at,
             seed=seed,
-            position=numbers[2],
+            position=position,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -313,7 +317,12 @@ class SampleState:
         return self._numbers(values, torch.int64)
 
     def _numbers(self, values: Sequence[float] | Sequence[Sequence[int]], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(self._device, non_blocking=True)
+        return placed(values, dtype, self._device)
+
+    def _rows_and_slots(self, rows: Sequence[int], slots: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return rows of the step and their slots, int64 [s] each, in one copy."""
+        first, second = sent([rows, [slots[row] for row in rows]], self._device)
+        return first, second
 
     def _table(self, *shape: int) -> Tensor:
         return torch.full((self._slots, *shape), _NONE, dtype=torch.int64, device=self._device)
@@ -322,6 +331,17 @@ class SampleState:
 def _among(slots: Sequence[int], those: Set[int]) -> list[int]:
     """Rows whose slot is among those."""
     return [row for row, slot in enumerate(slots) if slot in those] if those else []
+
+
+@operation
+def greedy(logits: Tensor, nothing: int) -> Tensor:
+    """Return the token with the largest logit of each row [S, V], the smallest id among equals, int64 [S].
+
+    A row that holds NaN or whose largest logit is +inf yields `CORRUPTED`, one of -inf alone `nothing`.
+    """
+    tokens = logits.argmax(-1)  # the first among equals, and the first NaN before all numbers
+    largest = logits.gather(1, tokens[:, None])[:, 0]
+    return torch.where(largest == -torch.inf, nothing, torch.where(largest.isfinite(), tokens, CORRUPTED))
 
 
 @operation
@@ -339,18 +359,21 @@ def sample(logits: Tensor, rows: SampleRows) -> Tensor:
     `EXHAUSTED`; other rows do not notice.
     """
     adjusted = adjust(logits, rows)
-    tokens = adjusted.argmax(-1)  # the first among equals, and the first NaN before all numbers
-    largest = adjusted.gather(1, tokens[:, None])[:, 0]
+    if adjusted is logits:
+        likeliest = greedy(logits, CORRUPTED)
+    else:
+        likeliest = greedy(adjusted, EXHAUSTED)
+        likeliest = torch.where(greedy(logits, CORRUPTED) == CORRUPTED, CORRUPTED, likeliest)
+    if rows.whole is None and rows.narrow is None and rows.filtered is None:
+        return likeliest
+    tokens = likeliest.clone()
     if rows.whole is not None:
         tokens[rows.whole.rows] = _draw(adjusted[rows.whole.rows], rows.whole)
     if rows.narrow is not None:
         tokens[rows.narrow.rows] = _draw_among(adjusted[rows.narrow.rows], rows.narrow, NARROW)
     if rows.filtered is not None:
         tokens[rows.filtered.rows] = _draw_among(adjusted[rows.filtered.rows], rows.filtered, logits.shape[1])
-    if adjusted is logits:
-        return torch.where(largest.isfinite(), tokens, CORRUPTED)
-    tokens = torch.where(largest == -torch.inf, EXHAUSTED, torch.where(largest.isfinite(), tokens, CORRUPTED))
-    return torch.where(logits.amax(-1).isfinite(), tokens, CORRUPTED)
+    return torch.where(likeliest < 0, likeliest, tokens)
 
 
 def adjust(logits: Tensor, rows: SampleRows) -> Tensor:
@@ -422,14 +445,15 @@ def _draw_among(logits: Tensor, chance: Chance, width: int) -> Tensor:
     x = logits.to(_exact(logits))
     tokens = _largest(x, min(width, x.shape[1]))
     ordered = x.gather(1, tokens)
-    weight = torch.exp(_heat(ordered, ordered[:, :1], chance))  # 1 for the likeliest
+    # In fp64: a GPU adds up few rows in another order than many, and no row's draw may depend on its batch.
+    weight = torch.exp(_heat(ordered, ordered[:, :1], chance)).double()  # 1 for the likeliest
     rank = torch.arange(weight.shape[1], device=x.device)
-    kept = weight >= chance.min_p[:, None].to(x.dtype)
+    kept = weight >= chance.min_p[:, None]
     kept &= (rank < chance.top_k[:, None]) | (chance.top_k[:, None] == 0)
     weight = weight * kept
     probability = weight / weight.sum(-1, keepdim=True)
     before = probability.cumsum(-1) - probability
-    probability = probability * ((before < chance.top_p[:, None].to(x.dtype)) | (rank == 0))  # a top_p may round to 0
+    probability = probability * ((before < chance.top_p[:, None]) | (rank == 0))
     return tokens.gather(1, _choose(probability, chance)[:, None])[:, 0]
 
 

@@ -38,6 +38,12 @@ def sent(lists: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, 
     return parts(staged(lists, device).to(device, non_blocking=True), lists)
 
 
+def placed(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return numbers (nested sequences of one shape) on the device, in a copy that the host does not wait for."""
+    host = torch.tensor(values, dtype=dtype)
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+
+
 class Arriving:
     """A tensor on its way from the device to the host: what is put on the device later is not waited for."""
 

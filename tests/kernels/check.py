@@ -42,10 +42,12 @@ def main(names: list[str], device: str) -> int:
         operation = TABLE[name]
         for implementation in (one for one in operation.implementations if one.device == "cuda"):
             for case, args in CASES[name]():
-                there = tuple(rebuilt(arg, lambda t: t.to(device), lambda d: d) for arg in args)
+                there = tuple(
+                    rebuilt(arg, lambda t: (t.to_dense() if t.is_mkldnn else t).to(device), lambda d: d) for arg in args
+                )
                 torch.empty, before = poisoned(torch.empty), torch.empty
                 try:
-                    found = problems(implementation.function, operation, there if device == "cuda" else args)
+                    found = problems(implementation.function, operation, there)
                 except Exception as error:  # one case's failure: the others are run as well
                     found = [f"{type(error).__name__}: {str(error)[-400:]}"]
                 finally:

@@ -18,6 +18,7 @@ from omniserve.ops.act import ActFormat
 from omniserve.ops.batch import PageList, Reading, Rows, Visible, Workspace
 from omniserve.ops.pages import HeadGroup
 from omniserve.ops.rope import Rope, make_rope
+from omniserve.ops.sample import CORRUPTED, EXHAUSTED
 
 Args = tuple[Any, ...]
 
@@ -421,9 +422,25 @@ def _whole_keys(name: KVName, pages: int, heads: int, dim: int, draw: torch.Gene
     return store
 
 
+def greedy() -> Iterator[tuple[str, Args]]:
+    """Equals and NaN of either sign, infinities, no row, one token, more than a part, rows that lie apart."""
+    for rows, vocab in ((0, 5), (3, 1), (2, 211), (3, 8192), (2, 20001)):
+        x = torch.randn(rows, vocab + 8, generator=_generator(vocab))[:, 3 : 3 + vocab]
+        yield f"{rows}x{vocab}", (x, CORRUPTED)
+        yield f"{rows}x{vocab} fp16", (x.half(), CORRUPTED)
+    odd = torch.randn(10, 9000, generator=_generator(10)) - 4
+    odd[0] = -torch.inf
+    odd[1, 8500], odd[2, 8999], odd[3, 3] = torch.nan, -torch.nan, torch.inf
+    odd[4], odd[5], odd[6, ::2], odd[7] = 0.0, -0.0, 9.5, -3.5
+    odd[5, 8700], odd[8, 100:], odd[9, 8600] = 0.0, -torch.inf, -torch.inf
+    yield "odd rows", (odd, EXHAUSTED)
+    yield "odd rows fp16", (odd.half(), EXHAUSTED)
+
+
 CASES: dict[str, Callable[[], Iterator[tuple[str, Args]]]] = {
     "int_matmul": int_matmul,
     "gemm_w16a16": gemm_w16a16,
+    "greedy": greedy,
     "gemm_w8a8": gemm_w8a8,
     "gemm_w4a8_blocks": gemm_w4a8_blocks,
     "quantize": quantize,
