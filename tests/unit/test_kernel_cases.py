@@ -18,8 +18,8 @@ SIZES = Sizes(
 )
 KV = {"w4a8-g128": "kv4", "w4a8-row": "kv4", "w8a8": "kv8", "w16a16": "kv16"}
 KINDS = (
-    "decode", "prefill", "rope_write", "add_norm", "quantize", "swiglu", "sample", "score_pages", "top_pages",
-    "gemm", "gate_up_silu", "head",
+    "decode", "prefill", "rope_write", "add_norm", "quantize", "swiglu", "sample", "select", "gemm", "gate_up_silu",
+    "head",
 )  # fmt: skip
 
 

@@ -12,8 +12,8 @@ from omniserve.base.spec import ModelSpec
 from omniserve.bench.kernels import limits
 from omniserve.bench.kernels.limits import Work
 from omniserve.bench.kernels.timing import COLD
-from omniserve.formats.table import FORMATS
-from omniserve.formats.weight import Weight
+from omniserve.formats.table import FORMATS, HEADS
+from omniserve.formats.weight import HeadFormat, Weight
 from omniserve.ops.act import Act, ActFormat, Both, Int8, Plain, quantize
 from omniserve.ops.dispatch import force_reference
 from omniserve.ops.glu import swiglu
@@ -134,11 +134,24 @@ def linears(sizes: Sizes) -> Iterator[Case]:
                     work = limits.product(form, tokens, n, k, out=0.5 if form != "w16a16" else 1.0)
                     build = _product(weights, tokens, gated=True)
                     yield Case(kind="gate_up_silu", name=form, size=str(tokens), work=work, build=build)
-    for form in ("w16a16", "w8a8"):
-        weights = _Weights(form, spec.vocab, spec.hidden, sizes)
+    for name, head in HEADS.items():
+        form = {"w16": "w16a16", "w8": "w8a8"}[name]
         for tokens in (one for one in sizes.tokens if one <= 1024):
-            work = limits.product(form, tokens, spec.vocab, spec.hidden)
-            yield Case(kind="head", name=form, size=str(tokens), work=work, build=_product(weights, tokens))
+            work = limits.product(form, tokens, spec.vocab, spec.hidden, out=4.0)
+            yield Case(kind="head", name=name, size=str(tokens), work=work, build=_head(head, tokens, sizes))
+
+
+def _head(form: HeadFormat, tokens: int, sizes: Sizes) -> Callable[[int | None], Built]:
+    def build(copies: int | None) -> Built:
+        spec = sizes.spec
+        weights = _Weights("w16a16", spec.vocab, spec.hidden, sizes)
+        x = torch.randn(tokens, spec.hidden, device=sizes.device, dtype=sizes.dtype)
+        act = quantize(x, form.wants)
+        made = [form.bind(form.from_dense(w), bias=None, dtype=sizes.dtype) for w in weights.dense(2)[:copies]]
+        calls: Calls = [lambda head=head: head.logits(act) for head in made]  # type: ignore[misc]  # a lambda's default
+        return Built(calls=calls, check=against(calls[0]), peers=_product_peers(weights, x))
+
+    return build
 
 
 class _Weights:
@@ -229,7 +242,7 @@ def rowwise(sizes: Sizes) -> Iterator[Case]:
         return lambda: quantize(x, wants)
 
     def gate(tokens: int) -> Callable[[], Any]:
-        x = torch.randn(tokens, 2 * spec.ffn, device=sizes.device)
+        x = random(tokens, 2 * spec.ffn)
         return lambda: swiglu(x, wants, sizes.dtype)
 
     def greedy(tokens: int) -> Callable[[], Any]:
@@ -239,7 +252,7 @@ def rowwise(sizes: Sizes) -> Iterator[Case]:
     kinds: dict[str, tuple[Callable[[int], Callable[[], Any]], int]] = {
         "add_norm": (norm, 7 * spec.hidden),
         "quantize": (codes, 3 * spec.heads * spec.head_dim),
-        "swiglu": (gate, 9 * spec.ffn),
+        "swiglu": (gate, 5 * spec.ffn),
         "sample": (greedy, 2 * spec.vocab),
     }
     for kind, (make, each) in kinds.items():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from omniserve.base.config import KVName
+from omniserve.base.config import KVName, PageScores
 from omniserve.base.numbers import ceil_div
 from omniserve.base.types import PAGE
 from omniserve.bench.kernels import limits
@@ -19,11 +19,14 @@ from omniserve.ops.batch import PageList, Reading, Rows, Visible, Workspace
 from omniserve.ops.dispatch import force_reference
 from omniserve.ops.pages import HeadGroup, attend, cut_rows, rope_write
 from omniserve.ops.rope import Rope
-from omniserve.ops.select import score_pages, top_pages
+from omniserve.ops.select import select_pages
 
 FORMS: tuple[KVName, ...] = ("kv4", "kv8", "kv16")
 
 SINK = 128
+
+CHOSEN = 64
+"""Pages that a head reads: 4,096 tokens."""
 
 CHECKED = 2e9
 """Bytes of keys and values in 32 bit that the reference of a check may make."""
@@ -156,6 +159,14 @@ def prompts(sizes: Sizes) -> Iterator[Case]:
             yield Case(kind="prefill", name=title, size=f"{tokens} of {context}", work=work, build=build)
 
 
+def _listed(pages: int, first: int, local: int | None) -> Tensor:
+    """Return the logical pages that positions from `first` on read: all, or those of the sink and of the window."""
+    if local is None:
+        return torch.arange(pages)
+    opening = max(first - local + 1, 0) // PAGE
+    return torch.tensor([*range(min(opening, ceil_div(SINK, PAGE))), *range(opening, pages)])
+
+
 def _prompt(name: KVName, tokens: int, context: int, local: int | None, sizes: Sizes) -> Callable[[int | None], Built]:
     spec = sizes.spec
 
@@ -170,10 +181,12 @@ def _prompt(name: KVName, tokens: int, context: int, local: int | None, sizes: S
             longest=context,
             chunks=(range(context - tokens, context),),
         )
+        table = torch.randperm(per, device=sizes.device).int()
+        index = _listed(per, context - tokens, local)
         pages = PageList(
-            ids=torch.randperm(per, device=sizes.device).int()[None],
-            index=None,
-            count=torch.tensor([per], **like),
+            ids=table[index][None],
+            index=None if local is None else index.to(device=sizes.device, dtype=torch.int32)[None],
+            count=torch.tensor([len(index)], **like),
             slots=None,
         )
         visible = Visible() if local is None else Visible(SINK, local)
@@ -240,45 +253,39 @@ def _write(name: KVName, tokens: int, nbytes: int, sizes: Sizes) -> Callable[[in
 
 
 def selection(sizes: Sizes) -> Iterator[Case]:
-    """Yield the bounds of all pages for one produced position, and the choice of 64 of them."""
+    """Yield the choice of 64 pages at produced positions that all choose: by keys, and by bounds."""
     spec = sizes.spec
-    for rows, context in sizes.decode:
-        pages = ceil_div(context, PAGE)
-        if pages < 128 or rows * context > 1 << 20:
-            continue
-        moved = rows * pages * spec.kv_heads * (PAGE // LOGICAL) * 2 * spec.head_dim * 2
-        size = f"{rows} x {context}"
-        yield Case(
-            kind="score_pages", name="", size=size, work=Work(bytes=moved), build=_scores(rows, pages, moved, sizes)
-        )
-        ranked = rows * pages * spec.kv_heads * 4
-        yield Case(kind="top_pages", name="", size=size, work=Work(bytes=ranked), build=_top(rows, pages, sizes))
+    choices: tuple[tuple[PageScores, KVName], ...] = (("keys", "kv4"), ("keys", "kv8"), ("bounds", "kv4"))
+    for by, name in choices:
+        key = kv_format(name, dtype=sizes.dtype).page_bytes(spec.head_dim) / 2
+        each = key if by == "keys" else (PAGE // LOGICAL) * 2 * spec.head_dim * 2
+        for rows, context in sizes.decode:
+            pages = ceil_div(context, PAGE)
+            if pages < 2 * CHOSEN or rows * context > 1 << 20:
+                continue
+            moved = rows * pages * spec.kv_heads * each
+            title = f"{by} {name}" if by == "keys" else by
+            build = _select(by, name, rows, context, moved, sizes)
+            yield Case(kind="select", name=title, size=f"{rows} x {context}", work=Work(bytes=moved), build=build)
 
 
-def _scores(rows: int, pages: int, nbytes: int, sizes: Sizes) -> Callable[[int | None], Built]:
-    def one() -> Callable[[], Tensor]:
-        bounds = _bounds(rows * pages, sizes)
-        ids = torch.randperm(rows * pages, device=sizes.device).int().view(rows, pages)
-        q = torch.randn(rows, sizes.spec.heads, sizes.spec.head_dim, device=sizes.device, dtype=sizes.dtype)
-        return lambda: score_pages(q, bounds, ids)
+def _select(
+    by: PageScores, name: KVName, rows: int, context: int, nbytes: float, sizes: Sizes
+) -> Callable[[int | None], Built]:
+    spec, per = sizes.spec, ceil_div(context, PAGE)
+
+    def one() -> Callable[[], tuple[Tensor, ...]]:
+        store = store_of(name, rows * per, sizes, statistics=True)
+        table = torch.randperm(rows * per, device=sizes.device).int().view(rows, per)
+        q = torch.randn(rows, spec.heads, spec.head_dim, device=sizes.device, dtype=sizes.dtype)
+        slots = torch.arange(rows, device=sizes.device)
+        prompts = torch.full_like(slots, context - 1)
+        seq_len = torch.full_like(slots, context, dtype=torch.int32)
+        memo = torch.zeros(rows, spec.kv_heads, CHOSEN, dtype=torch.int32, device=sizes.device)
+        return lambda: select_pages(q, store, table, slots, prompts, seq_len, memo, 4, context, by)
 
     def build(copies: int | None) -> Built:
-        calls: Calls = [one() for _ in range(cold(nbytes, copies, most=24))]
+        calls: Calls = [one() for _ in range(cold(nbytes, copies, most=48))]
         return Built(calls=calls, check=against(calls[0]))
-
-    return build
-
-
-def _top(rows: int, pages: int, sizes: Sizes) -> Callable[[int | None], Built]:
-    def build(copies: int | None) -> Built:
-        scores = torch.randn(rows, sizes.spec.kv_heads, pages, device=sizes.device)
-        existing = torch.full((rows,), pages, device=sizes.device)
-        forced = torch.zeros(rows, pages, dtype=torch.bool, device=sizes.device)
-        forced[:, 0] = forced[:, -1] = True
-
-        def call() -> Tensor:
-            return top_pages(scores, existing, forced, 64)
-
-        return Built(calls=[call], check=against(call))
 
     return build

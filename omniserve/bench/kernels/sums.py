@@ -46,7 +46,7 @@ def _step(form: str, size: str, layers: int) -> dict[Key, int]:
         ("add_norm", _ACT, count): 2 * layers,
         ("rope_write", _KV[form], count): layers,
         ("decode", _KV[form], size): layers,
-        ("head", "w16a16", count): 1,
+        ("head", "w16", count): 1,
         ("sample", "greedy", count): 1,
     }
     return parts if form == "w16a16" else parts | {("quantize", _ACT, count): layers}
