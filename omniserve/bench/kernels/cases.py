@@ -48,6 +48,7 @@ class Case:
 
     kind, name, size  what is measured: for instance gemm, `w4a8-g128 qkv`, 16
     build(copies)     makes inputs so many times, for a cold cache; None: as many as that needs
+    alike             cases with the same word, kind and size have the same peers, which are measured once
     """
 
     kind: str
@@ -55,6 +56,7 @@ class Case:
     size: str
     work: Work
     build: Callable[[int | None], Built]
+    alike: str = ""
 
     @property
     def title(self) -> str:
@@ -126,9 +128,8 @@ def linears(sizes: Sizes) -> Iterator[Case]:
             weights = _Weights(form, n, k, sizes)
             for tokens in sizes.tokens:
                 work = limits.product(form, tokens, n, k)
-                yield Case(
-                    kind="gemm", name=f"{form} {name}", size=str(tokens), work=work, build=_product(weights, tokens)
-                )
+                title, build = f"{form} {name}", _product(weights, tokens)
+                yield Case(kind="gemm", name=title, size=str(tokens), work=work, build=build, alike=name)
             if name == "gate_up":
                 for tokens in sizes.tokens:
                     work = limits.product(form, tokens, n, k, out=0.5 if form != "w16a16" else 1.0)

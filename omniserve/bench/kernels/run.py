@@ -10,7 +10,7 @@ import torch
 from omniserve.base.errors import CapacityError, ConfigError
 from omniserve.base.spec import ModelSpec
 from omniserve.bench.kernels import pages
-from omniserve.bench.kernels.cases import Built, Case, Sizes, linears, rowwise
+from omniserve.bench.kernels.cases import Calls, Case, Sizes, linears, rowwise
 from omniserve.bench.kernels.limits import CARDS, Card
 from omniserve.bench.kernels.timing import microseconds
 from omniserve.formats.dummy import CONFIGS
@@ -82,8 +82,13 @@ def _compile(spec: ModelSpec, dtype: str, tokens: Sequence[int], titles: Sequenc
             torch.cuda.empty_cache()
 
 
-def measure(case: Case, card: Card | None, *, replays: int, peers: bool) -> dict[str, Any]:
-    """Return a case's row: microseconds, limit and share of it, error, and the ratio of each peer's time to ours."""
+def measure(
+    case: Case, card: Card | None, *, replays: int, peers: dict[tuple[str, str, str], dict[str, Any]] | None
+) -> dict[str, Any]:
+    """Return a case's row: microseconds, limit and share of it, error, and the ratio of each peer's time to ours.
+
+    peers  times by kind, `alike` and size, filled here; None: peers are left out
+    """
     limit = None if card is None else case.work.microseconds(card)
     row: dict[str, Any] = {"kind": case.kind, "name": case.name, "size": case.size, "limit_us": limit}
     try:
@@ -92,8 +97,14 @@ def measure(case: Case, card: Card | None, *, replays: int, peers: bool) -> dict
         row["us"] = microseconds(built.calls, replays=replays)
         row["ok"] = row["error"] <= TOLERANCE
         row["share"] = None if limit is None else limit / row["us"]
-        if peers:
-            row["peers"] = _peers(built, row["us"], replays)
+        if peers is not None and built.peers:
+            key = case.kind, case.alike, case.size
+            if key not in peers:
+                peers[key] = {name: _peer(make, replays) for name, make in built.peers.items()}
+            row["peers"] = {
+                name: one | ({"ratio": one["us"] / row["us"]} if "us" in one else {})
+                for name, one in peers[key].items()
+            }
     except (ConfigError, CapacityError, torch.OutOfMemoryError) as problem:
         row |= {"ok": False, "problem": " ".join(str(problem).split())[:200]}
     except RuntimeError as problem:
@@ -103,22 +114,20 @@ def measure(case: Case, card: Card | None, *, replays: int, peers: bool) -> dict
     return row
 
 
-def _peers(built: Built, mine: float, replays: int) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for name, make in built.peers.items():
-        try:
-            theirs = microseconds(make(), replays=replays)
-            found[name] = {"us": theirs, "ratio": theirs / mine}
-        except (RuntimeError, NotImplementedError) as problem:
-            if "CUDA error" in str(problem):
-                raise
-            found[name] = {"problem": " ".join(str(problem).split())[:120]}
-    return found
+def _peer(make: Callable[[], Calls], replays: int) -> dict[str, Any]:
+    """Return a peer's time, or why it has none."""
+    try:
+        return {"us": microseconds(make(), replays=replays)}
+    except RuntimeError as problem:
+        if "CUDA error" in str(problem):
+            raise
+        return {"problem": " ".join(str(problem).split())[:120]}
 
 
 def run(todo: Sequence[Case], *, replays: int, peers: bool, on_row: Callable[[dict[str, Any]], None]) -> None:
     """Measure the cases one after the other; weights are given back with the last case that shares them."""
     card, left = CARDS.get(torch.cuda.get_device_name()), deque(todo)
+    known: dict[tuple[str, str, str], dict[str, Any]] | None = {} if peers else None
     while left:
-        on_row(measure(left.popleft(), card, replays=replays, peers=peers))
+        on_row(measure(left.popleft(), card, replays=replays, peers=known))
         torch.cuda.empty_cache()
