@@ -50,7 +50,7 @@ DENSE_LOOP = (130, 110)
 SCORE_LOOPS = {64: 400, 128: 400, 256: 700}
 """Budget of the scorer's loop, by head dims."""
 
-KEY_LOOPS = {4: 750, 8: 650, 16: 250}
+KEY_LOOPS = {4: 1000, 8: 800, 16: 300}
 """The same where it reads keys, by their bits."""
 
 
@@ -317,23 +317,24 @@ def _selection(arch: int) -> Iterator[Spec]:
                 },
                 constants=select.key_constants(group, head_dim, 64, bits),
                 warps=select.key_warps(head_dim, bits),
-                stages=select.KEY_STAGES,
+                stages=select.key_stages(bits),
                 loose=loose,
                 matrix=r"mma\S*\.f32\.(f16|bf16)",
                 longest=KEY_LOOPS[bits],
                 first=first and bits == 4,
             )  # fmt: skip
-        narrow = select.choose_constants(pages, 64)
-        yield Spec(
-            name=f"choice of {pages} pages",
-            arch=arch,
-            kernel=select.choose_kernel,
-            types={**lists, "rows": "i32"},
-            constants=narrow,
-            warps=select.warps_of(narrow),
-            loose=loose,
-            first=first,
-        )
+        for apart in (0, group):
+            narrow = select.choose_constants(pages, 64, apart)
+            yield Spec(
+                name=f"choice of {pages} pages by {'keys' if apart else 'bounds'}",
+                arch=arch,
+                kernel=select.choose_kernel,
+                types={**lists, "rows": "i32", "scale": "fp32"},
+                constants=narrow,
+                warps=select.warps_of(narrow),
+                loose=loose,
+                first=first and not apart,
+            )
         for bits in (4, 8, 16):
             yield Spec(
                 name=f"statistics kv{bits}, heads of {head_dim}",

@@ -4,8 +4,8 @@ Two launches, whatever the step: rows that keep what they chose copy it in the f
 that choose score their pages in the first. Which is which is decided on the device, from positions, so one captured
 graph serves every mixture.
 
-Scores are products on tensor cores. Keys: (q . code - zero * sum(q)) * scale, the largest of a page. Bounds: sum over
-dims of max(q low, q high) = min(q, 0) . low + max(q, 0) . high.
+Scores are products on tensor cores. Keys: (q . code - zero * sum(q)) * scale, the largest of a page and query head; the
+choice makes shares of them. Bounds: sum over dims of max(q low, q high) = min(q, 0) . low + max(q, 0) . high.
 """
 
 import torch
@@ -23,12 +23,13 @@ from omniserve.kernels.write import checked
 from omniserve.ops.select import Chosen, select_pages
 
 BLOCK = 8
-"""Pages that one turn of the scorer takes."""
+"""Pages that one turn of the scorer of bounds takes."""
 
-CROWD = {"keys": 16, "bounds": 24}
-"""Programs of a scorer per processor: enough to hide the way to memory, few enough to end early at low cost."""
+CROWD = {0: 24, 4: 16, 8: 32, 16: 8}
+"""Programs of a scorer per processor, by the bits of the keys that it reads (0: bounds): enough to hide the way to
+memory, few enough to end early at low cost. Measured on an H200, like the warps and stages below."""
 
-SCORE_WARPS, SCORE_STAGES, KEY_STAGES = 4, 2, 3
+SCORE_WARPS, SCORE_STAGES = 2, 2
 
 LARGEST = 16384
 """Pages of one sequence, at most: the choice holds them all in registers."""
@@ -144,7 +145,7 @@ def key_score_kernel(
     prompts,
     seq_len,
     memo,
-    scores,
+    scores,  # fp32 [R, H, G, pages]
     ids,
     index,
     count,
@@ -171,6 +172,7 @@ def key_score_kernel(
     )
     if not chooses:
         return
+    length = tl.load(seq_len + row)
     group = tl.arange(0, GP)
     valid = (group < G)[:, None]
     at = tl.arange(0, HP)
@@ -195,8 +197,8 @@ def key_score_kernel(
             score = (score - total[:, None] * zero[None, :]) * scale[None, :]
         # A key beyond fp16 times 0 is no number: such a page is always attractive.
         score = tl.where(score == score, score, float("inf"))
-        score = tl.where(valid, score, float("-inf"))
-        tl.store(scores + spot * pages + logical, tl.max(tl.max(score, 1), 0))
+        score = tl.where((within < length - logical * _PAGE)[None, :], score, float("-inf"))
+        tl.store(scores + (spot * G + group) * pages + logical, tl.max(score, 1), mask=group < G)
 
 
 @triton.jit
@@ -216,6 +218,8 @@ def choose_kernel(
     interval,
     budget,
     pages,
+    scale,
+    G: tl.constexpr,  # query heads whose scores lie apart; 0: there is one score per page
     LP: tl.constexpr,
     WIDE: tl.constexpr,  # pages, rounded up to a power of two
     GROUPS: tl.constexpr,  # at least `budget`, unless that is more than there are pages
@@ -251,7 +255,19 @@ def choose_kernel(
     forced = (page == 0) | (page == existing - 1)
     open_ = (page < existing) & (forced == 0)
     spot = ((row - since).to(tl.int64) * kv_heads + head) * pages
-    score = tl.load(scores + spot + page, mask=open_, other=float("-inf"))
+    if G == 0:
+        score = tl.load(scores + spot + page, mask=open_, other=float("-inf"))
+    else:
+        score = tl.full((WIDE,), float("-inf"), tl.float32)
+        for group in range(G):
+            of = scores + (spot * G + group * pages) + page
+            best = tl.load(of, mask=page < existing, other=float("-inf")) * scale
+            finite = tl.where(best == float("inf"), float("-inf"), best)
+            top = tl.max(finite, 0)
+            base = tl.where(top == float("-inf"), 0.0, top)
+            whole = base + tl.log(tl.sum(tl.exp(finite - base), 0))
+            share = tl.where(finite == float("-inf"), best, best - whole)
+            score = tl.maximum(score, share)
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # ordered like the scores
     wanted = budget - 2
@@ -297,6 +313,7 @@ def select_pages_triton(
     interval: int,
     longest: int,
     by: PageScores,
+    scale: float,
 ) -> Chosen:
     """Two launches; the second does nothing for rows that keep what they chose."""
     rows, heads, head_dim = q.shape
@@ -311,19 +328,20 @@ def select_pages_triton(
     assert table.stride(1) == 1 and budget >= 1, (table.stride(), budget)
     ids = torch.empty(rows, kv_heads, budget + 1, dtype=torch.int32, device=q.device)
     index, count = torch.empty_like(ids), torch.empty(rows, dtype=torch.int32, device=q.device)
-    scores = torch.empty(rows, kv_heads, pages, dtype=torch.float32, device=q.device)
+    apart = heads // kv_heads if by == "keys" else 0
+    scores = torch.empty(rows, kv_heads, max(apart, 1), pages, dtype=torch.float32, device=q.device)
     slots, prompts, seq_len = slots.contiguous(), prompts.contiguous(), seq_len.contiguous()
     lists = (table, slots, prompts, seq_len, memo, scores, ids, index, count)
     numbers = (kv_heads, q.stride(0), table.stride(0), interval, budget, pages)
-    crowd = ceil_div(CROWD[by] * processors(), rows * kv_heads)
+    bits = store.format.bits if by == "keys" else 0
+    crowd = ceil_div(CROWD[bits] * processors(), rows * kv_heads)
     if by == "keys":
         checked([store], head_dim)
-        bits = store.format.bits
         need(bits < 16 or store.format.element == q.dtype, f"kv16 pages of {store.format.element}: as q is")
         key_score_kernel[(min(pages, crowd), kv_heads, rows)](
             q, store.pages.view(store.format.element), store.pages.view(torch.float16), *lists, *numbers,
             **key_constants(heads // kv_heads, head_dim, budget, bits), num_warps=key_warps(head_dim, bits),
-            num_stages=KEY_STAGES,
+            num_stages=key_stages(bits),
         )  # fmt: skip
     else:
         assert store.statistics is not None and store.statistics.is_contiguous()
@@ -331,10 +349,10 @@ def select_pages_triton(
             q, store.statistics, *lists, *numbers, **score_constants(heads // kv_heads, head_dim, budget),
             num_warps=SCORE_WARPS, num_stages=SCORE_STAGES,
         )  # fmt: skip
-    narrow = choose_constants(pages, budget)
+    narrow = choose_constants(pages, budget, apart)
     choose_kernel[(kv_heads, rows)](
         table, slots, prompts, seq_len, memo, scores, ids, index, count, rows, kv_heads, table.stride(0), interval,
-        budget, pages, **narrow, num_warps=warps_of(narrow),
+        budget, pages, scale, **narrow, num_warps=warps_of(narrow),
     )  # fmt: skip
     return ids, index, count
 
@@ -358,15 +376,23 @@ def key_constants(group: int, head_dim: int, budget: int, bits: int) -> dict[str
 
 def key_warps(head_dim: int, bits: int) -> int:
     """Return the warps of one program that reads keys: one, unless a page fills its registers."""
-    return 1 if bits == 4 and head_dim <= 128 else 2 if bits == 8 and head_dim <= 128 else 4
+    return 4 if head_dim > 128 else 1 if bits == 4 else 2
 
 
-def choose_constants(pages: int, budget: int) -> dict[str, int]:
+def key_stages(bits: int) -> int:
+    """Return how many pages are on their way."""
+    return 3 if bits == 8 else 2
+
+
+def choose_constants(pages: int, budget: int, apart: int) -> dict[str, int]:
     """Return what `choose_kernel` is compiled for."""
     wide = triton.next_power_of_2(pages)
-    return {"LP": triton.next_power_of_2(budget + 1), "WIDE": wide, "GROUPS": min(wide, triton.next_power_of_2(budget))}
+    return {
+        "G": apart, "LP": triton.next_power_of_2(budget + 1), "WIDE": wide,
+        "GROUPS": min(wide, triton.next_power_of_2(budget)),
+    }  # fmt: skip
 
 
 def warps_of(narrow: dict[str, int]) -> int:
-    """Return the warps of a choice: up to 16 pages per thread."""
-    return min(16, max(1, narrow["WIDE"] // 256))
+    """Return the warps of a choice: 16 pages per thread, more where there are very many."""
+    return min(16, max(1, narrow["WIDE"] // 512))

@@ -1,7 +1,7 @@
 """Choosing pages: `select_pages` for produced positions; `score_tiles`, `top_pages` for tiles of prompts.
 
-The score of a page is the largest product of its keys with the queries that share them; or a bound of it by statistics:
-smallest and largest key of each logical page, dim by dim, bound every product without reading a key.
+The score of a page is the largest share of attention that one of its keys draws from a query; or a bound of its
+products by statistics: smallest and largest key of each logical page, dim by dim, bound them without reading a key.
 """
 
 import torch
@@ -28,6 +28,7 @@ def select_pages(
     interval: int,
     longest: int,
     by: PageScores,
+    scale: float,
 ) -> Chosen:
     """Pages that rows of one produced position read: those that their request chose last, and the one begun since.
 
@@ -38,6 +39,7 @@ def select_pages(
                 best scores; up to `budget` pages it takes all
     longest     largest seq_len that there may be; sets sizes of scratch alone
     by          "keys": scores are `score_keys` of the store, "bounds": `score_pages` of its statistics
+    scale       of attention's products
     A row's list depends on its own request and position alone. Which rows choose is known to the device only.
     """
     rows, budget = q.shape[0], memo.shape[2]
@@ -52,7 +54,7 @@ def select_pages(
         width = int(pages.max())
         ids = table[slots[due], :width]
         if by == "keys":
-            scores = score_keys(q[due], store, ids)
+            scores = score_keys(q[due], store, ids, chosen_at[due] + 1, scale)
         else:
             assert store.statistics is not None
             scores = score_pages(q[due], store.statistics, ids)
@@ -85,22 +87,29 @@ def listed(table: Tensor, index: Tensor) -> Tensor:
     return torch.gather(table[:, None].expand(-1, index.shape[1], -1), 2, at)
 
 
-def score_keys(q: Tensor, store: PageStore, ids: Tensor) -> Tensor:
-    """Largest q·k over the keys of each page as they are stored and over the G heads that share them.
+def score_keys(q: Tensor, store: PageStore, ids: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    """Logarithm of the largest share of attention that a page may draw, the larger over the G heads that share keys.
 
-    q    [R, G * H, D], rotated, one query per row
-    ids  int32 [R, P]: physical pages; what stands below 0 or holds unwritten places gives any value
+    q        [R, G * H, D], rotated, one query per row
+    ids      int32 [R, P]: physical pages; lengths int64 [R]: keys of each row, as they are stored
+    A page's largest product takes the place of its scores in a softmax over the pages of a query: a head that looks at
+    few keys does not lose them to one that looks at many, whose products may be larger all over.
     Returns [R, H, P] fp32 (fp64 if q is). A row's scores depend on its own query and pages alone.
     """
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    inside = torch.arange(ids.shape[1] * PAGE, device=q.device) < lengths[:, None]
     scores = []
     for row in range(q.shape[0]):
         keys, _ = store.read(ids[row : row + 1], exact)  # [1, H, P * 64, D]
         query = q[row].to(exact).view(keys.shape[1], -1, q.shape[-1])
         product = torch.matmul(query, keys[0].transpose(1, 2))  # [H, G, P * 64]
         # A key beyond fp16 times 0 is no number: such a page is always attractive.
-        product = torch.nan_to_num(product, nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
-        scores.append(product.amax(1).view(keys.shape[1], -1, PAGE).amax(2))
+        product = torch.where(product.isnan(), float("inf"), product).masked_fill(~inside[row], float("-inf"))
+        best = product.view(*product.shape[:2], -1, PAGE).amax(3) * scale  # [H, G, P]
+        endless = best == float("inf")
+        whole = torch.logsumexp(best.masked_fill(endless, float("-inf")), 2, keepdim=True)
+        share = torch.where(endless | (best == float("-inf")), best, best - whole)
+        scores.append(share.amax(1))
     return torch.stack(scores)
 
 

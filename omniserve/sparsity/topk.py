@@ -73,6 +73,7 @@ class PageSelector:
             self._interval,
             batch.rows.longest,
             self._scores,
+            self._scale,
         )
         return PageList(ids=ids, index=index, count=count, slots=None)
 

@@ -394,7 +394,19 @@ def select_pages() -> Iterator[tuple[str, Args]]:
         for name, store in stores.items():
             yield (
                 f"{budget} pages by {name} every {interval}, {group} heads of {dim}",
-                (q, store, table, slots, prompts, (positions + 1).int(), memo, interval, longest, name.split()[-1]),
+                (
+                    q,
+                    store,
+                    table,
+                    slots,
+                    prompts,
+                    (positions + 1).int(),
+                    memo,
+                    interval,
+                    longest,
+                    name.split()[-1],
+                    0.03125,
+                ),
             )
 
 

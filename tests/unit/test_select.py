@@ -55,7 +55,21 @@ def test_the_score_bounds_every_product_of_its_page(seed: int, rows: int) -> Non
     found = pages.statistics[ids.long()].double().permute(0, 2, 1, 3, 4, 5)[:, :, None]  # [R, H, 1, P, J, 2, D]
     corners = (q.view(rows, H, G, 1, 1, 1, D) * found).amax(5).sum(5).amax((2, 4))
     assert (scores - corners).abs().max() < 1e-9
-    assert (score_keys(q, pages, ids) - products.amax((2, 4))).abs().max() < 1e-9
+
+
+def test_scores_by_keys_are_shares_of_the_best_keys() -> None:
+    """A query's softmax over the best product of each page, keys behind the end hidden; the larger over the heads."""
+    pages, q = store(6), queries(2)
+    ids = torch.tensor([[3, 1, 2, 5], [0, 4, 5, 2]], dtype=torch.int32)
+    lengths = torch.tensor([256, 150])
+    scores = score_keys(q, pages, ids, lengths, 0.3)
+    k, _ = pages.read(ids, torch.float64)
+    for row, length in enumerate(lengths.tolist()):
+        products = torch.einsum("hgd,hsd->hgs", q[row].view(H, G, D), k[row, :, :length]) * 0.3
+        best = torch.stack([part.amax(2) for part in products.split(PAGE, 2)], 2)
+        shares = torch.softmax(best, 2).amax(1)
+        assert torch.allclose(scores[row].exp()[:, : shares.shape[1]], shares, atol=1e-12)
+        assert (scores[row, :, shares.shape[1] :] == float("-inf")).all()
 
 
 def test_keys_beyond_fp16_make_a_page_attractive() -> None:
@@ -63,7 +77,8 @@ def test_keys_beyond_fp16_make_a_page_attractive() -> None:
     pages = LayerPages(torch.zeros(2, 1, plain.page_bytes(D), dtype=torch.uint8), plain, D)
     pages.codes[1, 0, 0, 5, 3] = float("inf")
     ids = torch.tensor([[0, 1]], dtype=torch.int32)
-    assert score_keys(torch.zeros(1, 1, D), pages, ids).tolist() == [[[0.0, float("inf")]]]
+    scores = score_keys(torch.zeros(1, 1, D), pages, ids, torch.tensor([128]), 1.0)
+    assert scores.tolist() == [[[0.0, float("inf")]]]
     statistics = torch.zeros(2, 1, 4, 2, D, dtype=torch.float16)
     statistics[1, 0, 2, 1, 3] = float("inf")
     q = torch.zeros(1, 1, D)

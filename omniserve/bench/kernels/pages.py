@@ -273,6 +273,7 @@ def _select(
     by: PageScores, name: KVName, rows: int, context: int, nbytes: float, sizes: Sizes
 ) -> Callable[[int | None], Built]:
     spec, per = sizes.spec, ceil_div(context, PAGE)
+    scale = spec.head_dim**-0.5
 
     def one() -> Callable[[], tuple[Tensor, ...]]:
         store = store_of(name, rows * per, sizes, statistics=True)
@@ -282,7 +283,7 @@ def _select(
         prompts = torch.full_like(slots, context - 1)
         seq_len = torch.full_like(slots, context, dtype=torch.int32)
         memo = torch.zeros(rows, spec.kv_heads, CHOSEN, dtype=torch.int32, device=sizes.device)
-        return lambda: select_pages(q, store, table, slots, prompts, seq_len, memo, 4, context, by)
+        return lambda: select_pages(q, store, table, slots, prompts, seq_len, memo, 4, context, by, scale)
 
     def build(copies: int | None) -> Built:
         calls: Calls = [one() for _ in range(cold(nbytes, copies, most=48))]
