@@ -27,6 +27,7 @@ from omniserve.cli.sparsity import identify
 from omniserve.cli.speed import throughput
 from omniserve.cli.tokenizer import export_tokenizer
 from omniserve.cli.top import top
+from omniserve.cli.warmup import warmup
 
 app = App(
     name="omniserve",
@@ -48,6 +49,7 @@ app.command(export_tokenizer)
 app.command(evaluate)
 app.command(sparsity)
 app.command(bench)
+app.command(warmup)
 app.command(doctor)
 app.command(demo)
 evaluate.command(perplexity)

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +49,13 @@ def architecture() -> int:
 def processors() -> int:
     """Return how many streaming multiprocessors the card has; the interpreter plays a small one."""
     return 8 if INTERPRETED else torch.cuda.get_device_properties(0).multi_processor_count
+
+
+def cache_folder(given: Path | None = None) -> str:
+    """Return where compiled kernels are kept, by names that hold versions and card; `given` makes it another folder."""
+    if given is not None:
+        triton.knobs.cache.dir = str(given)
+    return str(triton.knobs.cache.dir)
 
 
 def kernel_of(

@@ -132,6 +132,16 @@ def test_doctor_reports(run: Run) -> None:
     assert "settings" not in text
 
 
+def test_warmup_without_a_gpu(run: Run, tmp_path: Path) -> None:
+    flags = ("warmup", "--dummy-weights", "--shape", "tiny", "--device", "cpu", "--cache-dir", tmp_path / "kernels")
+    ran = done(run(*flags))
+    assert "nothing to compile" in ran.out
+    told = json.loads(done(run(*flags, "--json")).out)
+    assert (told["device"], told["kernels"]) == ("cpu", None)
+    assert told["seconds"]["load"] > 0
+    assert not (tmp_path / "kernels").exists()
+
+
 def test_chat_one_shot(run: Run, tiny: Path) -> None:
     flags = ("chat", tiny, "-q", "Is water wet?", "--max-tokens", "8", "--ignore-eos", *SIXTEEN)
     ran = done(run(*flags, "--stats"))
