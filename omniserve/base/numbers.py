@@ -11,6 +11,11 @@ def align_up(a: int, to: int) -> int:
     return ceil_div(a, to) * to
 
 
+def power_of_two(a: int) -> int:
+    """Return the smallest power of two that is not below a positive `a`."""
+    return 1 << (a - 1).bit_length()
+
+
 def human_bytes(count: int) -> str:
     """Return a byte count for people: 1536 -> '1.5 KiB'."""
     value = float(count)

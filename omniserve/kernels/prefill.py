@@ -6,6 +6,7 @@ order of the positions; what is behind the row's end, or not listed, becomes zer
 depend on its own row alone, whatever the chunk or the batch.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from omniserve.base.numbers import ceil_div
+from omniserve.base.numbers import ceil_div, power_of_two
 from omniserve.base.types import PAGE
 from omniserve.kernels.codes import halves
 from omniserve.kernels.device import GLUON, INTERPRETED, architecture, need, processors
@@ -358,35 +359,43 @@ class Prompts:
         return slice(self.run.start - first, self.run.stop - first)
 
     @property
-    def chunks(self) -> tuple[range, ...]:
-        """Positions of each row's queries."""
+    def room(self) -> "Room":
+        """What the rows take."""
         chunks = self.rows.chunks[self.run.start - self.rows.singles : self.run.stop - self.rows.singles]
         assert len(chunks) == len(self.run), f"attend: {len(self.run)} rows of prompts, the host knows {len(chunks)}"
-        return chunks
-
-    @property
-    def tiles(self) -> int:
-        """Tiles of all rows."""
-        return sum(ceil_div(len(chunk), QUERIES) for chunk in self.chunks)
-
-    @property
-    def places(self) -> int:
-        """Pages of each row in the scratch, where pages were chosen; 0 where positions tell which they are."""
         pages, visible = self.reading.pages, self.reading.visible
-        return 0 if pages.index is None or visible.local is not None else _even(pages.ids.shape[-1] * PAGE)
+        chosen = 0 if pages.index is None or visible.local is not None else pages.ids.shape[-1]
+        return room_of(chunks, chosen, visible.sink, visible.local)
 
-    @property
-    def pages(self) -> int:
-        """Pages of all rows in the scratch."""
-        if self.places:
-            return self.places * len(self.run)
-        sink, local = self.reading.visible.sink, self.reading.visible.local
-        total = 0
-        for chunk in self.chunks:
-            every = _even(chunk.stop)
-            first = 0 if local is None else max(chunk.start - local + 1, 0) // BLOCK * (BLOCK // PAGE)
-            total += every - max(first - min(_even(sink), every), 0)
-        return total
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Sizes that the host knows.
+
+    tiles, pages: of all rows, pages in the scratch; places: of these, each row's where pages were chosen, else 0
+    level: the longest tile reads at most a tenth more than the shortest
+    """
+
+    tiles: int
+    pages: int
+    places: int
+    level: bool
+
+
+@functools.lru_cache(64)  # all layers of a step ask for the same
+def room_of(chunks: tuple[range, ...], chosen: int, sink: int, local: int | None) -> Room:
+    """Return what rows with queries at these positions take; chosen: pages of each list, 0 if positions tell them."""
+    tiles = sum(ceil_div(len(chunk), QUERIES) for chunk in chunks)
+    if chosen:
+        places = _even(chosen * PAGE)
+        return Room(tiles, places * len(chunks), places, level=False)
+    pages = 0
+    for chunk in chunks:
+        every = _even(chunk.stop)
+        first = 0 if local is None else max(chunk.start - local + 1, 0) // BLOCK * (BLOCK // PAGE)
+        pages += every - max(first - min(_even(sink), every), 0)
+    shortest, longest = min(chunk.start for chunk in chunks), max(chunk.stop for chunk in chunks)
+    return Room(tiles, pages, 0, level=local is None and 10 * shortest >= 9 * longest)
 
 
 def _even(tokens: int) -> int:
@@ -397,13 +406,14 @@ def _even(tokens: int) -> int:
 def attend_prompts(prompts: Prompts) -> None:
     """Attend for rows of prompts; their group is as `attend` has checked it."""
     q, store = prompts.q, prompts.group.store
-    width = triton.next_power_of_2(q.shape[2])
-    plan = torch.empty(prompts.tiles, FIELDS, dtype=torch.int32, device=q.device)
-    size = prompts.pages * PAGE
+    width = power_of_two(q.shape[2])
+    room = prompts.room
+    plan = torch.empty(room.tiles, FIELDS, dtype=torch.int32, device=q.device)
+    size = room.pages * PAGE
     heads = max(1, min(store.heads, SCRATCH // (2 * size * width * q.element_size())))
     # A few sizes: the allocator keeps one piece of each, while a prompt's chunks ask for more and more.
-    room = torch.empty(triton.next_power_of_2(2 * heads * size * width), dtype=q.dtype, device=q.device)
-    k, v = room[: 2 * heads * size * width].view(2, heads, size, width)
+    scratch = torch.empty(power_of_two(2 * heads * size * width), dtype=q.dtype, device=q.device)
+    k, v = scratch[: 2 * heads * size * width].view(2, heads, size, width)
     for first in range(0, store.heads, heads):
         some = range(first, min(first + heads, store.heads))
         gather(prompts, k, v, plan, some)
@@ -414,20 +424,20 @@ def gather(prompts: Prompts, k: Tensor, v: Tensor, plan: Tensor, heads: range) -
     """Unpack what these key heads may read into k, v [heads, N, W], and write the plan of the tiles."""
     store: Any = prompts.group.store
     run, past, pages, visible = prompts.run, prompts.past, prompts.reading.pages, prompts.reading.visible
-    rowwise = pages.slots is None
+    rowwise, places = pages.slots is None, prompts.room.places
     ids = pages.ids[past] if rowwise else pages.ids
     index = None if pages.index is None else pages.index[past] if rowwise else pages.index
     assert ids.stride(-1) == 1 and (index is None or index.stride() == ids.stride()), (ids.stride(), ids.shape)
     seq_len, cu_q = prompts.rows.seq_len[run.start : run.stop], prompts.rows.cu_q[run.start : run.stop + 1]
     flags = gather_constants(
-        len(run), store.head_dim, store.format.bits, slots=not rowwise, listed=prompts.places > 0,
-        some=index is not None and prompts.places == 0, window=visible.local is not None,
+        len(run), store.head_dim, store.format.bits, slots=not rowwise, listed=places > 0,
+        some=index is not None and places == 0, window=visible.local is not None,
     )  # fmt: skip
     size = k.shape[1] // PAGE
     gather_kernel[(size + ceil_div(plan.shape[0], PLANNED), len(heads))](
         k, v, plan, store.pages.view(store.format.element), store.pages.view(torch.float16), ids,
         ids if index is None else index, pages.count[past], cu_q if rowwise else pages.slots[past], cu_q, seq_len,
-        len(run), size, plan.shape[0], prompts.places, store.heads, heads.start, ids.stride(0),
+        len(run), size, plan.shape[0], places, store.heads, heads.start, ids.stride(0),
         ids.stride(1) if ids.dim() == 3 else 0, visible.sink, visible.local or 0, **flags, num_warps=4,
     )  # fmt: skip
 
@@ -444,7 +454,7 @@ def flash(prompts: Prompts, k: Tensor, v: Tensor, plan: Tensor, heads: range, *,
     if gluon:
         flash_gluon.launch(
             mine, k, v, out, plan, to, group=per_key, out_head=first, scale=scale, sink=visible.sink,
-            local=visible.local, programs=processors(),
+            local=visible.local, together=per_key if prompts.room.level else asking, programs=processors(),
         )  # fmt: skip
         return
     flags = constants(per_key, q.shape[2], arch=architecture(), to=to is not None, window=visible.local is not None)
@@ -466,20 +476,22 @@ def serving() -> str:
     return f"prompts: flash_kernel; on compute capability 9.0 with Triton {' or '.join(GLUON)} a faster one is there"
 
 
+@functools.cache
 def gather_constants(
     rows: int, head_dim: int, bits: int, *, slots: bool, listed: bool, some: bool, window: bool
 ) -> dict[str, int | bool]:
     """Return what `gather_kernel` is compiled for."""
     need(head_dim >= 32 or INTERPRETED, f"heads of {head_dim} dims on a GPU: 32 to 256 are there")
     return {
-        "R": triton.next_power_of_2(rows), "SLOTS": slots, "LISTED": listed, "SOME": some, "WINDOW": window,
-        "D": head_dim, "W": triton.next_power_of_2(head_dim), "BITS": bits, "ASM": not INTERPRETED,
+        "R": power_of_two(rows), "SLOTS": slots, "LISTED": listed, "SOME": some, "WINDOW": window,
+        "D": head_dim, "W": power_of_two(head_dim), "BITS": bits, "ASM": not INTERPRETED,
     }  # fmt: skip
 
 
+@functools.cache
 def constants(group: int, head_dim: int, *, arch: int, to: bool, window: bool) -> dict[str, int | bool]:
     """Return what `flash_kernel` is compiled for."""
-    width = triton.next_power_of_2(head_dim)
+    width = power_of_two(head_dim)
     small = width <= (128 if arch == 90 else 64)
     return {
         "WINDOW": window, "TO": to, "G": group, "D": head_dim, "W": width,

@@ -79,6 +79,9 @@ class Served:
             )
         self.assembler.move(self.cache.moves())
         made = self.assembler.assemble(Step(works=tuple(works)), Workspace(out=torch.empty(0)))
+        rows = made.batch.rows
+        of_rows = zip(rows.cu_q[rows.singles : -1], rows.cu_q[rows.singles + 1 :], strict=True)
+        assert [made.batch.positions[i:j].tolist() for i, j in of_rows] == [list(chunk) for chunk in rows.chunks]
         tokens = made.batch.tokens.shape[0]
         q = torch.randn(tokens, 2, D, generator=self.draw, dtype=torch.float64)
         k, v = (torch.randn(tokens, 1, D, generator=self.draw).double() for _ in range(2))
