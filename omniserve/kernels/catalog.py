@@ -6,7 +6,7 @@ and 8 key heads, D = 128) and SmolLM2-135M (hidden 576, D = 64, groups of 3).
 
 from collections.abc import Iterator
 
-from omniserve.kernels import attention, dense, flash, hopper, linear, pick, prefill, rows, select, statistics, write
+from omniserve.kernels import dense, flash, hopper, linear, pick, prefill, produced, rows, select, statistics, write
 from omniserve.kernels.ahead import Spec
 from omniserve.kernels.tiles import Tile, choose, default
 
@@ -29,7 +29,7 @@ GLUON_LOOPS = {"g128": 200, "row": 115, "w8a8": 60}
 """The same of the kernel for compute capability 9.0."""
 
 
-ATTEND_LOOPS = {4: 1500, 8: 1750, 16: 480}
+ATTEND_LOOPS = {4: 1200, 8: 1300, 16: 520}
 """SASS instructions of one turn of a produced position's loop, by bits."""
 
 PROMPT_LOOP = 1000
@@ -40,6 +40,9 @@ FLASH_LOOP = 1400
 
 FLOATS = r"mma\S*\.f32\.(f16|bf16)"
 """16-bit products; those of produced positions have 16 rows, too few for Hopper's own."""
+
+CODES = r"mma\S*\.(f32\.f16|s32\.s8)"
+"""Codes of keys are int8 factors, those of values 16-bit ones."""
 
 SHAPES = ((4, 128), (3, 64), (1, 128), (8, 256), (1, 80))
 """Query heads per key head, and their dims."""
@@ -235,38 +238,38 @@ def _attention(arch: int) -> Iterator[Spec]:
     for group, head_dim in SHAPES:
         for bits in (4, 8, 16):
             sparse = group == 4 and bits == 4
-            flags = attention.constants(
-                group, head_dim, bits, listed=sparse, slots=not sparse, to=sparse, window=sparse
-            )
+            flags = produced.constants(group, head_dim, bits, listed=sparse, slots=not sparse, to=sparse, window=sparse)
+            options = produced.options_of(bits, head_dim)
             yield Spec(
                 name=f"attend kv{bits}, {group} heads of {head_dim}, produced",
                 arch=arch,
-                kernel=attention.attend_kernel,
+                kernel=produced.attend_kernel,
                 types={
                     "q": model, "out": model, "parts": "*fp32", "norms": "*fp32",
-                    "codes": model if bits == 16 else "*u8", "scales": "*fp16", "ids": "*i32", "index": "*i32",
-                    "count": "*i32", "slots": "*i64", "to": "*i64", "cuts": "*i32", "seq_len": "*i32", "rows": "i32",
-                    "kv_heads": "i32", "q_stride": "i32", "out_stride": "i32", "out_head": "i32", "ids_row": "i32",
+                    "codes": model if bits == 16 else "*u8", "words": "*i32", "scales": "*fp16", "ids": "*i32",
+                    "index": "*i32", "count": "*i32", "slots": "*i64", "to": "*i64", "cuts": "*i32", "seq_len": "*i32",
+                    "rows": "i32", "kv_heads": "i32", "q_stride": "i32", "out_stride": "i32", "out_head": "i32",
+                    "ids_row": "i32",
                     "ids_head": "i32", "places": "i32", "scale": "fp32", "sink": "i32", "local": "i32",
                 },
                 constants=flags,
-                warps=attention.warps_of(flags),
-                stages=attention.stages_of(flags),
+                warps=options["num_warps"],
+                stages=options["num_stages"],
                 loose=("rows", "kv_heads", "out_head", "ids_row", "ids_head", "places", "sink", "local", "cuts",
                        "seq_len", "count"),
-                matrix=FLOATS,
+                matrix=FLOATS if bits == 16 else CODES,
                 longest=ATTEND_LOOPS[bits],
                 first=arch == 90 and (group, bits) == (4, 4),
             )  # fmt: skip
     yield Spec(
         name="combine 128",
         arch=arch,
-        kernel=attention.combine_kernel,
+        kernel=produced.combine_kernel,
         types={
             "out": model, "parts": "*fp32", "norms": "*fp32", "to": "*i64", "pages": "*i32", "cuts": "*i32",
             "out_stride": "i32", "out_head": "i32", "heads": "i32", "places": "i32",
         },
-        constants=attention.combine_constants(128, listed=False, to=True),
+        constants=produced.combine_constants(128, 4, listed=False, to=True),
         warps=4,
         loose=("out_head", "heads", "places", "pages", "cuts"),
         first=arch == 90,
@@ -274,9 +277,9 @@ def _attention(arch: int) -> Iterator[Spec]:
     yield Spec(
         name="cut rows",
         arch=arch,
-        kernel=attention.cut_kernel,
+        kernel=produced.cut_kernel,
         types={"pages": "*i32", "cuts": "*i32", "rows": "i32"},
-        constants=attention.cut_constants(),
+        constants=produced.cut_constants(),
         warps=4,
         loose=("rows", "pages"),
         first=arch == 90,

@@ -59,3 +59,60 @@ def halves(codes, token, at, keep, D: tl.constexpr, BITS: tl.constexpr, WHOLE: t
         low = tl.load(place) if WHOLE else tl.load(place, mask=keep, other=0)
         high = tl.load(place + HALF) if WHOLE else tl.load(place + HALF, mask=keep, other=0)
         return low.to(like), high.to(like)
+
+
+@triton.jit
+def signed_codes(packed, HIGH: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+    """Return bytes as int8 factors of a product: low or high nibbles, 0..15, or whole codes less 128."""
+    if BITS == 8:
+        if ASM:
+            return tl.inline_asm_elementwise(
+                "xor.b32 $0, $1, 0x80808080;", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4
+            )
+        else:
+            return (packed.to(tl.int16) - 128).to(tl.int8)
+    elif HIGH:
+        if ASM:
+            return tl.inline_asm_elementwise(
+                "{ .reg .b32 t; shr.u32 t, $1, 4; and.b32 $0, t, 0x0f0f0f0f; }",
+                "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4,
+            )  # fmt: skip
+        else:
+            return (packed >> 4).to(tl.int8)
+    else:
+        if ASM:
+            return tl.inline_asm_elementwise(
+                "and.b32 $0, $1, 0x0f0f0f0f;", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4
+            )
+        else:
+            return (packed & 15).to(tl.int8)
+
+
+@triton.jit
+def small_codes(words, BYTE: tl.constexpr, HIGH: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+    """Return one code of each word as fp16: low or high nibble of one byte, or the byte, times 2^-24 (2^-20 if high).
+
+    These are fp16's numbers below the smallest normal one: the code's bits are the number's, and a mask makes them.
+    Two words are taken at once: those of two tokens that share a register of the product.
+    """
+    if ASM:
+        take: tl.constexpr = "0x5410" if BYTE < 2 else "0x7632"
+        if BITS == 8:
+            place: tl.constexpr = "0x4240" if BYTE % 2 == 0 else "0x4341"
+            return tl.inline_asm_elementwise(
+                "{ .reg .b32 t, z; mov.b32 z, 0; prmt.b32 t, $1, $2, " + take + "; prmt.b32 $0, t, z, " + place + "; }",
+                "=r,r,r", [words], dtype=tl.float16, is_pure=True, pack=2,
+            )  # fmt: skip
+        else:
+            shift: tl.constexpr = "shr.u32 t, t, 8;" if BYTE % 2 else ""
+            mask: tl.constexpr = "0x00f000f0" if HIGH else "0x000f000f"
+            return tl.inline_asm_elementwise(
+                "{ .reg .b32 t; prmt.b32 t, $1, $2, " + take + "; " + shift + " and.b32 $0, t, " + mask + "; }",
+                "=r,r,r", [words], dtype=tl.float16, is_pure=True, pack=2,
+            )  # fmt: skip
+    elif BITS == 8:
+        return (((words >> (8 * BYTE)) & 255).to(tl.float32) * 2.0**-24).to(tl.float16)
+    elif HIGH:
+        return (((words >> (8 * BYTE + 4)) & 15).to(tl.float32) * 2.0**-20).to(tl.float16)
+    else:
+        return (((words >> (8 * BYTE)) & 15).to(tl.float32) * 2.0**-24).to(tl.float16)
