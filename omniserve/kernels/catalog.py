@@ -26,7 +26,7 @@ GEMM_LOOPS = {
 
 
 GLUON_LOOPS = {"g128": 200, "row": 115, "w8a8": 60}
-"""The same of the kernel for compute capability 9.0."""
+"""The same of the kernel for compute capability 9.0, for a block of each group of warps."""
 
 
 ATTEND_LOOPS = {4: 1200, 8: 1300, 16: 520}
@@ -112,6 +112,7 @@ def _linear(arch: int) -> Iterator[Spec]:
 def _gluon(tile: Tile, kind: str, tokens: int, n: int, k: int) -> Spec:
     """Return the launch of a product on compute capability 9.0 with both of its groups of warps."""
     bits, grouped = 8 if kind == "w8a8" else 4, kind == "g128"
+    tile = hopper.fitted(tile, 2, bits=bits, grouped=grouped)
     pointers = {"a": "*fp32", "total": "*i32", "scale": "*fp32", "zero": "*fp32", "bias": "*fp32", "sums": "*i32"}
     return Spec(
         name=f"gluon gemm {kind} {tokens}x{n}x{k}",
@@ -127,7 +128,7 @@ def _gluon(tile: Tile, kind: str, tokens: int, n: int, k: int) -> Spec:
         loose=("M", "N", "blocks"),
         fusion=False,
         matrix=_int8(90, packed=bits == 4),
-        longest=GLUON_LOOPS[kind],
+        longest=GLUON_LOOPS[kind] * tile.step,
         first=tokens == 2048 and kind == "row",
     )
 

@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -54,28 +54,31 @@ def candidates(kind: str, tokens: int, rows: int, columns: int, arch: int, sms: 
     if arch != 90:
         yield from _triton(tokens, columns, kind)
         return
-    for bm, bn, stages in _gluon(kind, tokens):
-        tiles = ceil_div(tokens, bm) * ceil_div(rows, 2 * bn)
-        yield Tile(bm, 2 * bn, 1, 9, stages, language="gluon")
-        if tiles % sms and tiles < 12 * sms:
-            yield Tile(bm, 2 * bn, 1, 9, stages, split=2, language="gluon")
+    for tile in _gluon(kind, tokens):
+        yield tile
+        tiles = ceil_div(tokens, tile.tokens) * ceil_div(rows, tile.weights)
+        if tile.step == 2 and tiles % sms:
+            yield replace(tile, split=2)
 
 
-def _gluon(kind: str, tokens: int) -> Iterable[tuple[int, int, int]]:
-    """Return (tokens, weights of half a tile, stages): as many stages as shared memory holds."""
-    if kind == "w8a8":
-        sizes = ((16, 64, 9), (16, 32, 12)), ((32, 64, 8),), ((64, 64, 7), (64, 128, 4)), ((128, 64, 5), (128, 128, 3))
+def _gluon(kind: str, tokens: int) -> Iterator[Tile]:
+    """Yield tiles of the kernel for 9.0: two or four groups of warps, as many stages as shared memory holds."""
+    few = {"w8a8": ((16, 64, 2, 17, 8), (16, 128, 1, 9, 9), (16, 128, 2, 17, 4))}.get(
+        kind, ((16, 64, 2, 17, 16), (16, 64, 4, 17, 8), (16, 128, 2, 17, 8), (16, 256, 1, 17, 9))
+    )
+    some = (64, 64, 1, 17, 12), (64, 128, 1, 17, 10), (64, 256, 1, 17, 7), (32, 128, 2, 17, 8), (64, 128, 1, 9, 10)
+    many = (128, 64, 1, 9, 8), (128, 128, 1, 9, 6), (128, 256, 1, 9, 4), (256, 128, 1, 9, 4), (128, 256, 1, 17, 4)
+    if tokens <= 16:
+        sizes = few
+    elif tokens <= 32:
+        sizes = ((32, 64, 2, 17, 8), (32, 128, 2, 17, 8), (32, 256, 1, 17, 9))
+    elif tokens <= 64:
+        sizes = some
     else:
-        sizes = (
-            ((16, 64, 16), (16, 128, 9)),
-            ((32, 64, 12), (32, 128, 8)),
-            ((64, 64, 10), (64, 128, 6)),
-            ((128, 64, 6), (128, 128, 4), (256, 64, 4)),
-        )
-    for limit, found in zip((16, 32, 64), sizes, strict=False):
-        if tokens <= limit:
-            return found
-    return sizes[3] if tokens > 128 else (*sizes[2], *sizes[3][:2])
+        sizes = (*some, *many) if tokens <= 256 else many
+    for bm, wide, step, warps, stages in sizes:
+        for order in (8,) if tokens < 8192 else (4, 8, 16):
+            yield Tile(bm, wide, step, warps, stages, language="gluon", order=order)
 
 
 def _triton(tokens: int, columns: int, kind: str) -> Iterator[Tile]:
