@@ -247,14 +247,14 @@ def rowwise(sizes: Sizes) -> Iterator[Case]:
         return lambda: swiglu(x, wants, sizes.dtype)
 
     def greedy(tokens: int) -> Callable[[], Any]:
-        logits = random(tokens, spec.vocab)
+        logits = torch.randn(tokens, spec.vocab, device=sizes.device)
         return lambda: sample(logits, SampleRows())
 
     kinds: dict[str, tuple[Callable[[int], Callable[[], Any]], int]] = {
         "add_norm": (norm, 7 * spec.hidden),
         "quantize": (codes, 3 * spec.heads * spec.head_dim),
         "swiglu": (gate, 5 * spec.ffn),
-        "sample": (greedy, 2 * spec.vocab),
+        "sample": (greedy, 4 * spec.vocab),
     }
     for kind, (make, each) in kinds.items():
         for tokens in sizes.tokens:
