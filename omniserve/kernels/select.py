@@ -174,13 +174,13 @@ def key_score_kernel(
         return
     length = tl.load(seq_len + row)
     group = tl.arange(0, GP)
-    valid = (group < G)[:, None]
     at = tl.arange(0, HP)
     keep = (at < HALF)[None, :]
-    asked = q + row.to(tl.int64) * q_stride + (head * G + group)[:, None] * D + at[None, :]
-    q0 = tl.load(asked, mask=valid & keep, other=0.0)
-    q1 = tl.load(asked + HALF, mask=valid & keep, other=0.0)
-    total = tl.sum(q0.to(tl.float32), 1) + tl.sum(q1.to(tl.float32), 1)
+    asked = q + row.to(tl.int64) * q_stride + (head * G + group)[None, :] * D + at[:, None]
+    some = (group < G)[None, :] & (at < HALF)[:, None]
+    q0 = tl.load(asked, mask=some, other=0.0)
+    q1 = tl.load(asked + HALF, mask=some, other=0.0)
+    total = tl.sum(q0.to(tl.float32), 0) + tl.sum(q1.to(tl.float32), 0)
     BYTES: tl.constexpr = D // 2 if BITS == 4 else D  # of a token's codes; numbers, where they are plain
     SCALES: tl.constexpr = 256 if BITS < 16 else 0  # fp16 numbers behind the codes
     within = tl.arange(0, _PAGE)
@@ -189,16 +189,16 @@ def key_score_kernel(
         page = physical * kv_heads + head
         here = codes + page * (2 * _PAGE * BYTES + 2 * SCALES)
         k0, k1 = halves(here, within, at, keep, D, BITS, HALF == HP, q0.dtype, ASM)
-        score = tl.dot(q0, k0.T)
-        score = tl.dot(q1, k1.T, score)
+        score = tl.dot(k0, q0)
+        score = tl.dot(k1, q1, score)
         if BITS < 16:
             behind = scales + page * (_PAGE * BYTES + SCALES) + _PAGE * BYTES + within
             scale, zero = tl.load(behind).to(tl.float32), tl.load(behind + _PAGE).to(tl.float32)
-            score = (score - total[:, None] * zero[None, :]) * scale[None, :]
+            score = (score - zero[:, None] * total[None, :]) * scale[:, None]
         # A key beyond fp16 times 0 is no number: such a page is always attractive.
         score = tl.where(score == score, score, float("inf"))
-        score = tl.where((within < length - logical * _PAGE)[None, :], score, float("-inf"))
-        tl.store(scores + (spot * G + group) * pages + logical, tl.max(score, 1), mask=group < G)
+        score = tl.where((within < length - logical * _PAGE)[:, None], score, float("-inf"))
+        tl.store(scores + (spot * G + group) * pages + logical, tl.max(score, 0), mask=group < G)
 
 
 @triton.jit
@@ -368,7 +368,7 @@ def score_constants(group: int, head_dim: int, budget: int) -> dict[str, int]:
 def key_constants(group: int, head_dim: int, budget: int, bits: int) -> dict[str, int | bool]:
     """Return what `key_score_kernel` is compiled for."""
     return {
-        "G": group, "GP": max(16, triton.next_power_of_2(group)), "D": head_dim,
+        "G": group, "GP": max(8, triton.next_power_of_2(group)), "D": head_dim,
         "HP": triton.next_power_of_2(head_dim // 2), "LP": triton.next_power_of_2(budget + 1), "BITS": bits,
         "ASM": not INTERPRETED,
     }  # fmt: skip
