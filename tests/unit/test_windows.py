@@ -14,7 +14,7 @@ from omniserve.cache.manager import CacheManager
 from omniserve.cache.pool import PagePool
 from omniserve.engine.assemble import Assembler
 from omniserve.formats.kv import LayerPages, kv_format
-from omniserve.ops.batch import Workspace
+from omniserve.ops.batch import Rows, Workspace
 from omniserve.ops.pages import attend
 from omniserve.sparsity.heads import split
 from omniserve.sparsity.policy import Sparse
@@ -150,6 +150,21 @@ def test_replayed_rows_read_their_own_windows() -> None:
         assert (got - truth).abs().max() < 1e-9
     # The pages of the whole replay stood at once; what no later query sees went when it landed.
     assert served.cache.pools[Kind.STREAMING].held == SINK // PAGE + LOCAL // PAGE + 1
+
+
+def test_lists_have_a_width_that_no_position_decides() -> None:
+    """A captured step is replayed at any positions: what it was captured with must have room for all."""
+    policy = Sparse(SPEC, Sparsity(streaming=1.0, sink=SINK, local=LOCAL), split([[0.0]], 1.0), device=CPU)
+    table = torch.arange(3 * 64, dtype=torch.int32).view(3, 64)
+    widths = set()
+    for first in range(0, SPEC.context - 2000, 31):
+        lengths = torch.tensor([first + 1, first + 64, first + 2000], dtype=torch.int32)
+        cu_q = torch.arange(4, dtype=torch.int32)
+        rows = Rows(cu_q=cu_q, seq_len=lengths, singles=3, longest=SPEC.context)
+        (((reading,),)) = policy.windows((table,), torch.arange(3), rows)
+        assert int(reading.pages.count.max()) <= reading.pages.ids.shape[1]
+        widths.add(reading.pages.ids.shape)
+    assert widths == {(3, SINK // PAGE + (LOCAL + PAGE - 2) // PAGE + 1)}
 
 
 def test_write_slots_of_huge_pools_are_64_bit() -> None:
