@@ -116,7 +116,7 @@ class KVFormat:
             # Divided by a tensor: by a number, a GPU multiplies with its rounded reciprocal.
             step = high.add_(negative).div_(torch.full_like(high, self.top))
             s = torch.maximum(step, amax.div_(1024)).clamp_(SMALLEST, LARGEST).half()
-            z = negative.div_(s).half()
+            z = negative.div_(s).add_(0.0).half()  # never -0.0: which of two zeros is the smallest, nobody promises
         codes = (wide / s.to(wide.dtype)).add_(z).round_().clamp_(0, self.top).to(torch.uint8)
         return pack_halves(codes) if self.bits == 4 else codes, torch.cat((s, z), -1)
 

@@ -6,7 +6,20 @@ and 8 key heads, D = 128) and SmolLM2-135M (hidden 576, D = 64, groups of 3).
 
 from collections.abc import Iterator
 
-from omniserve.kernels import dense, flash, hopper, linear, pick, prefill, produced, rows, select, statistics, write
+from omniserve.kernels import (
+    dense,
+    draw,
+    flash,
+    hopper,
+    linear,
+    pick,
+    prefill,
+    produced,
+    rows,
+    select,
+    statistics,
+    write,
+)
 from omniserve.kernels.ahead import Spec
 from omniserve.kernels.tiles import Tile, choose, default
 
@@ -136,7 +149,7 @@ def _gluon(tile: Tile, kind: str, tokens: int, n: int, k: int) -> Spec:
 def _dense(arch: int) -> Iterator[Spec]:
     model = "*bf16"
     for tokens, n in ((16, 128256), (16, 4096), (64, 4096), (64, 28672), (256, 4096), (2048, 4096)):
-        tile = dense.choose_dense(tokens, n, arch=arch)
+        tile = dense.choose_dense(tokens, n, arch=arch, sms=SMS[arch])
         yield Spec(
             name=f"dense {tokens}x{n}x4096",
             arch=arch,
@@ -160,8 +173,8 @@ def _pick(arch: int) -> Iterator[Spec]:
     yield Spec(
         name="largest logit of a part",
         kernel=pick.parts_kernel,
-        types={"logits": "*fp32", "keys": "*i64", "V": "i32", "stride": "i32", "parts": "i32"},
-        constants={"BLOCK": pick.PART},
+        types={"logits": "*fp32", "rows": "*i64", "keys": "*i64", "V": "i32", "stride": "i32", "parts": "i32"},
+        constants={"ROWS": False, "BLOCK": pick.PART},
         warps=8,
         **common,
     )
@@ -172,6 +185,47 @@ def _pick(arch: int) -> Iterator[Spec]:
         constants={"PARTS": 32},
         warps=1,
         loose=("nothing",),
+        **common,
+    )
+    logits = {"logits": "*fp32", "rows": "*i64", "keys": "*i64", "V": "i32", "stride": "i32"}
+    chance = {"out": "*i64", "seed": "*i64", "position": "*i64", "temperature": "*fp64"}
+    anywhere = ("rows", "seed", "position", "top_k", "temperature", "top_p", "min_p", "count", "wanted", "parts")
+    filters = {"top_k": "*i64", "top_p": "*fp64", "min_p": "*fp64", "count": "i32", "wanted": "i32"}
+    yield Spec(
+        name="largest logits of places",
+        kernel=draw.maxima_kernel,
+        types=logits | {"count": "i32"},
+        constants={"ROWS": True, "BLOCK": pick.PART},
+        warps=8,
+        loose=anywhere,
+        **common,
+    )
+    for drawn in (True, False):
+        yield Spec(
+            name="a draw among the likeliest" if drawn else "the likeliest",
+            kernel=draw.top_kernel,
+            types=logits | chance | filters,
+            constants={"ROWS": drawn, "DRAW": drawn, "COUNT": 2048},
+            warps=8,
+            loose=anywhere,
+            **common,
+        )
+    yield Spec(
+        name="weights of a part",
+        kernel=draw.weigh_kernel,
+        types=logits | {"sums": "*fp64", "temperature": "*fp64", "parts": "i32"},
+        constants={"PARTS": 32, "BLOCK": pick.PART},
+        warps=8,
+        loose=anywhere,
+        **common,
+    )
+    yield Spec(
+        name="a draw",
+        kernel=draw.draw_kernel,
+        types=logits | chance | {"sums": "*fp64", "parts": "i32"},
+        constants={"PARTS": 32, "BLOCK": pick.PART},
+        warps=8,
+        loose=anywhere,
         **common,
     )
 

@@ -13,25 +13,37 @@ from torch import Tensor
 
 from omniserve.base.numbers import ceil_div
 from omniserve.formats.w16a16 import gemm_w16a16
-from omniserve.kernels.device import OUTPUTS, architecture, kernel_of, need
+from omniserve.kernels.device import OUTPUTS, architecture, kernel_of, need, processors
 from omniserve.kernels.tiles import Tile
 
 STEP = 64
 """Columns that a tile's `step` counts."""
 
 
-def choose_dense(tokens: int, rows: int, *, arch: int) -> Tile:
+LARGE = (
+    (Tile(64, 64, 2, 4, 4), 16),
+    (Tile(128, 64, 1, 4, 5), 22),
+    (Tile(128, 128, 1, 8, 4), 29),
+    (Tile(256, 128, 1, 8, 3), 48),
+)
+"""Tiles for more than 64 tokens, and microseconds that a round of them takes on an H200 with K = 4,096."""
+
+
+def choose_dense(tokens: int, rows: int, *, arch: int, sms: int) -> Tile:
     """Return the tile for T tokens and N weights; on 9.0 measured on an H200 at the sizes of Llama-3-8B."""
-    wide = rows >= 16384
     if arch != 90:
         return Tile(16, 64, 2, 4, 3) if tokens <= 16 else Tile(64, 64, 1, 4, 3)
+    wide = rows >= 16384
     if tokens <= 16:
         return Tile(16, 128 if wide else 64, 2, 4, 5)
     if tokens <= 64:
         return Tile(64, 128, 1, 4, 6) if wide else Tile(64, 64, 2, 4, 4)
-    if tokens <= 256 and not wide:
-        return Tile(64, 128, 1, 4, 5)
-    return Tile(256, 128, 1, 8, 3)
+
+    def cost(choice: tuple[Tile, int]) -> int:
+        tile, us = choice
+        return ceil_div(ceil_div(tokens, tile.tokens) * ceil_div(rows, tile.weights), sms) * us
+
+    return min((one for one in LARGE if one[0].tokens < 2 * tokens), key=cost)[0]
 
 
 @triton.jit
@@ -96,7 +108,7 @@ def dense(x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype, tile: T
     if not m:
         return y
     x, w = x if x.stride(1) == 1 else x.contiguous(), w.contiguous()
-    tile = tile or choose_dense(m, n, arch=architecture() if x.dtype != torch.float32 else 0)
+    tile = tile or choose_dense(m, n, arch=architecture() if x.dtype != torch.float32 else 0, sms=processors())
     dense_kernel[(ceil_div(m, tile.tokens) * ceil_div(n, tile.weights),)](
         x, w, w if bias is None else bias.contiguous(), y, m, n, k, x.stride(0),
         **constants(tile, bias=bias is not None, columns=k), num_warps=tile.warps, num_stages=tile.stages,

@@ -20,18 +20,37 @@ _CORRUPTED = tl.constexpr(CORRUPTED)
 
 
 @triton.jit
-def parts_kernel(logits, keys, V, stride, parts, BLOCK: tl.constexpr):
-    """The largest key of BLOCK logits; rows are `stride` apart; keys int64 [S, parts]."""
-    part = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
-    at = part * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(logits + row * stride + at, mask=at < V, other=0.0).to(tl.float32)
+def key_of(x, at, V):
+    """Return the keys of fp32 logits at places below V; those beyond are smaller than all."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)  # -0.0 becomes 0.0
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # of negative numbers the larger has the smaller bits
     bits = tl.where(x != x, 0x7FFFFFFF, bits)
     bits = tl.where(at < V, bits, -0x80000000)
-    key = (bits.to(tl.int64) << 32) | (0x7FFFFFFF - at).to(tl.int64)
-    tl.store(keys + row * parts + part, tl.max(key, 0))
+    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - at).to(tl.int64)
+
+
+@triton.jit
+def place_of(key):
+    """Return the place of a key."""
+    return 0x7FFFFFFF - (key & 0x7FFFFFFF)
+
+
+@triton.jit
+def logit_of(key):
+    """Return the logit of a key, fp32."""
+    bits = (key >> 32).to(tl.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def parts_kernel(logits, rows, keys, V, stride, parts, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest key of BLOCK logits of a row, or of row `rows[i]` if ROWS; keys int64 [S, parts]."""
+    part = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    of = tl.load(rows + row) if ROWS else row
+    at = part * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits + of * stride + at, mask=at < V, other=0.0).to(tl.float32)
+    tl.store(keys + row * parts + part, tl.max(key_of(x, at, V), 0))
 
 
 @triton.jit
@@ -41,8 +60,7 @@ def pick_kernel(keys, tokens, parts, nothing, PARTS: tl.constexpr):
     at = tl.arange(0, PARTS)
     key = tl.max(tl.load(keys + row * parts + at, mask=at < parts, other=-0x8000000000000000), 0)
     worth = key >> 32
-    token = 0x7FFFFFFF - (key & 0x7FFFFFFF)
-    token = tl.where(worth >= 0x7F800000, _CORRUPTED, token)  # +inf or NaN
+    token = tl.where(worth >= 0x7F800000, _CORRUPTED, place_of(key))  # +inf or NaN
     token = tl.where(worth == -0x7F800001, nothing, token)  # -inf
     tl.store(tokens + row, token)
 
@@ -57,6 +75,6 @@ def greedy_triton(logits: Tensor, nothing: int) -> Tensor:
     if rows:
         parts = ceil_div(vocab, PART)
         keys = torch.empty(rows, parts, dtype=torch.int64, device=logits.device)
-        parts_kernel[(parts, rows)](logits, keys, vocab, logits.stride(0), parts, PART, num_warps=8)
+        parts_kernel[(parts, rows)](logits, tokens, keys, vocab, logits.stride(0), parts, False, PART, num_warps=8)
         pick_kernel[(rows,)](keys, tokens, parts, nothing, triton.next_power_of_2(parts), num_warps=1)
     return tokens

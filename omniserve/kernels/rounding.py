@@ -27,14 +27,14 @@ def reciprocal(x, ASM: tl.constexpr):
 
 @triton.jit
 def quotient(value, step, ASM: tl.constexpr):
-    """Return value / step of fp32 numbers, rounded to nearest; steps between 2^-100 and 2^100."""
+    """Return value / step of fp32 numbers, rounded to nearest; steps between 2^-100 and 2^100; -0.0 becomes 0.0."""
     if ASM:
         guess = reciprocal(step, ASM)
         inverse = tl.fma(guess, tl.fma(-step, guess, 1.0), guess)
         q = value * inverse
         return tl.fma(tl.fma(-q, step, value), inverse, q)
     else:
-        return tl.div_rn(value, step)
+        return tl.div_rn(value, step) + 0.0
 
 
 @triton.jit

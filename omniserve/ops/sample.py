@@ -219,7 +219,7 @@ class SampleState:
         counts.zero_()
         assert len(admission.history) >= admission.prompt, admission
         prompt, produced = admission.history[: admission.prompt], admission.history[admission.prompt :]
-        counts[self._ids(prompt)] = PROMPT
+        counts.index_fill_(0, self._ids(prompt), PROMPT)  # to assign a number, torch would wait for the device
         ones = torch.ones(len(produced), dtype=torch.int32, device=self._device)
         counts.index_add_(0, self._ids(produced), ones)
 
@@ -229,7 +229,7 @@ class SampleState:
         bias, allowed = self._bias[slot], admission.sampling.allowed_token_ids
         bias.fill_(0.0 if allowed is None else -torch.inf)
         if allowed is not None:
-            bias[self._ids(allowed)] = 0.0
+            bias.index_fill_(0, self._ids(allowed), 0.0)
         if admission.sampling.logit_bias:
             ids, values = zip(*admission.sampling.logit_bias.items(), strict=True)
             bias[self._ids(ids)] += self._numbers(values, torch.float32)
@@ -368,9 +368,9 @@ def sample(logits: Tensor, rows: SampleRows) -> Tensor:
         return likeliest
     tokens = likeliest.clone()
     if rows.whole is not None:
-        tokens[rows.whole.rows] = _draw(adjusted[rows.whole.rows], rows.whole)
+        tokens[rows.whole.rows] = draw_whole(adjusted, rows.whole)
     if rows.narrow is not None:
-        tokens[rows.narrow.rows] = _draw_among(adjusted[rows.narrow.rows], rows.narrow, NARROW)
+        tokens[rows.narrow.rows] = draw_narrow(adjusted, rows.narrow)
     if rows.filtered is not None:
         tokens[rows.filtered.rows] = _draw_among(adjusted[rows.filtered.rows], rows.filtered, logits.shape[1])
     return torch.where(likeliest < 0, likeliest, tokens)
@@ -435,9 +435,17 @@ def _heat(x: Tensor, largest: Tensor, chance: Chance) -> Tensor:
     return (x - largest) / chance.temperature[:, None].to(x.dtype)
 
 
-def _draw(logits: Tensor, chance: Chance) -> Tensor:
-    x = logits.to(_exact(logits))
+@operation
+def draw_whole(logits: Tensor, chance: Chance) -> Tensor:
+    """Return a token for each of the chance's rows of logits [S, V], from the softmax at its temperature; int64 [s]."""
+    x = logits[chance.rows].to(_exact(logits))
     return _choose(torch.softmax(_heat(x, x.amax(-1, keepdim=True), chance), -1), chance)
+
+
+@operation
+def draw_narrow(logits: Tensor, chance: Chance) -> Tensor:
+    """Return a token for each of the chance's rows of logits [S, V], of the `NARROW` likeliest, filtered; int64 [s]."""
+    return _draw_among(logits[chance.rows], chance, NARROW)
 
 
 def _draw_among(logits: Tensor, chance: Chance, width: int) -> Tensor:
@@ -488,8 +496,21 @@ def logprobs(logits: Tensor, tokens: Tensor, count: int) -> Logprobs:
     )
 
 
+@operation
+def likeliest(logits: Tensor, count: int) -> Tensor:
+    """Return the ids of the largest logits [S, V], int64 [S, count], in order, the smaller id first among equals.
+
+    count  at most `NARROW`, and V
+    """
+    return _ranked(logits, count)
+
+
 def _largest(x: Tensor, count: int) -> Tensor:
-    """Ids of the largest entries, int64 [S, count], in order, the smaller id first among equals.
+    return likeliest(x, count) if count <= NARROW else _ranked(x, count)
+
+
+def _ranked(x: Tensor, count: int) -> Tensor:
+    """Ids of the largest entries in order.
 
     torch.topk promises no order of equals; the key of an fp32 number, a whole number that grows with it, leaves room
     for the id beside it.

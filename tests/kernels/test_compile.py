@@ -14,6 +14,7 @@ KERNELS = {
     "choose_kernel",
     "combine_kernel",
     "dense_kernel",
+    "draw_kernel",
     "cut_kernel",
     "flash_gluon_kernel",
     "flash_kernel",
@@ -21,6 +22,7 @@ KERNELS = {
     "gemm_kernel",
     "hopper_kernel",
     "key_score_kernel",
+    "maxima_kernel",
     "parts_kernel",
     "pick_kernel",
     "quantize_kernel",
@@ -29,6 +31,8 @@ KERNELS = {
     "statistics_kernel",
     "sum_kernel",
     "swiglu_kernel",
+    "top_kernel",
+    "weigh_kernel",
 }
 """All kernels: each has at least one launch in the catalogue."""
 

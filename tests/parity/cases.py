@@ -18,7 +18,7 @@ from omniserve.ops.act import ActFormat
 from omniserve.ops.batch import PageList, Reading, Rows, Visible, Workspace
 from omniserve.ops.pages import HeadGroup
 from omniserve.ops.rope import Rope, make_rope
-from omniserve.ops.sample import CORRUPTED, EXHAUSTED
+from omniserve.ops.sample import CORRUPTED, EXHAUSTED, Chance
 
 Args = tuple[Any, ...]
 
@@ -449,10 +449,54 @@ def greedy() -> Iterator[tuple[str, Args]]:
     yield "odd rows fp16", (odd.half(), EXHAUSTED)
 
 
+def likeliest() -> Iterator[tuple[str, Args]]:
+    """Equals everywhere, forbidden tokens, no row; few rows, because each takes Triton's interpreter seconds."""
+    x = torch.randn(2, 20001, generator=_generator(5))
+    yield "5 of 0x90", (x[:0, :90], 5)
+    yield "64 of 1x100, half forbidden", (x[:1, :100].index_fill(1, torch.arange(60), -torch.inf), 64)
+    yield "20 of 1x20001, equals", ((x[1:] * 2).round(), 20)
+
+
+def _chance(rows: Sequence[int], *, top_k: int, top_p: float = 1.0, min_p: float = 0.0) -> Chance:
+    many = len(rows)
+    return Chance(
+        rows=torch.tensor(rows, dtype=torch.int64),
+        seed=torch.arange(many) * 7919 - 3,
+        position=torch.arange(many) * 13,
+        temperature=torch.linspace(0.3, 1.7, many, dtype=torch.float64),
+        top_k=torch.full((many,), top_k),
+        top_p=torch.full((many,), top_p, dtype=torch.float64),
+        min_p=torch.full((many,), min_p, dtype=torch.float64),
+    )
+
+
+def draw_narrow() -> Iterator[tuple[str, Args]]:
+    """All filters together, none, one token left, forbidden tokens, no row; few rows, as above."""
+    x = torch.randn(9, 9001, generator=_generator(6)) * 2
+    x[3, 7:] = -torch.inf
+    yield "filters", (x, _chance([8], top_k=40, top_p=0.9, min_p=0.02))
+    yield "forbidden", (x, _chance([3], top_k=64))
+    yield "one left", (x[:, :5], _chance([1], top_k=3, top_p=0.0))
+    yield "no row", (x, _chance([], top_k=4))
+
+
+def draw_whole() -> Iterator[tuple[str, Args]]:
+    """Small and large vocabularies, forbidden tokens, rows in any order, no row."""
+    for vocab in (1, 5, 211, 9001, 20001):
+        x = torch.randn(9, vocab, generator=_generator(vocab)) * 2
+        x[3, 1 : vocab // 2] = -torch.inf
+        x[4, : vocab - 1] = -torch.inf
+        yield f"{vocab}", (x, _chance([8, 4, 3, 0, 0] * 6, top_k=0))
+    yield "no row", (x, _chance([], top_k=0))
+
+
 CASES: dict[str, Callable[[], Iterator[tuple[str, Args]]]] = {
     "int_matmul": int_matmul,
+    "draw_narrow": draw_narrow,
+    "draw_whole": draw_whole,
     "gemm_w16a16": gemm_w16a16,
     "greedy": greedy,
+    "likeliest": likeliest,
     "gemm_w8a8": gemm_w8a8,
     "gemm_w4a8_blocks": gemm_w4a8_blocks,
     "quantize": quantize,

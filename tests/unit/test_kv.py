@@ -270,3 +270,11 @@ def test_bfloat16_models_read_bfloat16(kv: KVFormat) -> None:
     assert keys.dtype == torch.bfloat16
     if kv.bits >= 16:
         assert torch.equal(keys[0].transpose(0, 1), k)
+
+
+@DYNAMIC
+def test_no_zero_point_is_minus_zero(kv: KVFormat) -> None:
+    """A row of zeros of both signs has one encoding: which of the two is the smaller, no device promises."""
+    _, params = kv.encode(torch.tensor([[0.0, -0.0] * 4, [-0.0, 0.0] * 4, [0.0] * 8, [0.0] * 7 + [1.0]]))
+    assert params is not None
+    assert not params.signbit().any()
