@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from omniserve.base.types import PAGE, Admission, Fault, Step, StepResult, TokenLogprobs, Work
+from omniserve.base.types import Admission, Fault, Step, StepResult, TokenLogprobs, Work
 from omniserve.engine.assemble import Assembled, Assembler
 from omniserve.engine.grammar import Matchers, Taking
 from omniserve.engine.graphs import DecodeGraphs, Numbers
@@ -21,6 +21,9 @@ from omniserve.sparsity.policy import Policy
 _FAULTS: dict[int, Fault] = {CORRUPTED: "logits", EXHAUSTED: "nothing"}
 PROMPTS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Tokens of the prompts that a GPU's kernels are compiled with before the first request."""
+ROWS = (2, 3, 4, 8, 9, 16, 17, 32)
+LENGTHS = (40, 1000, 1024)
+"""Prompts of a step, and their tokens, likewise: launches differ by what divides these numbers."""
 SCORE_TILE = 128
 """Positions whose logits a reducer gets at once; bounds the memory of large vocabularies."""
 
@@ -130,6 +133,7 @@ class Runner:
         self._work = Workspace(out=torch.empty(max_step_tokens, spec.heads, spec.head_dim, dtype=dtype, device=device))
         self._scored: dict[int, Admission] = {}
         self._device = device
+        self._max_len = max_len
         self._graphs: DecodeGraphs | None = None
 
     @torch.inference_mode()
@@ -154,9 +158,11 @@ class Runner:
     def prepare(self, *, graphs: bool) -> None:
         """Run steps of no request, so that no kernel is compiled, and no graph captured, within one."""
         model, idle, most = self.model, self.assembler.idle, self._work.out.shape[0]
-        longest = self.assembler.tables[0].shape[1] * PAGE
-        for tokens in {min(size + odd, most) for size in PROMPTS for odd in (0, 1)}:
-            chunks = [min(longest, tokens - first) for first in range(0, tokens, longest)]
+        longest = self._max_len
+        sizes = sorted({min(size + odd, most) for size in PROMPTS for odd in (0, 1)})
+        steps = [[min(longest, tokens - first) for first in range(0, tokens, longest)] for tokens in sizes]
+        steps += [[min(longest, size)] * rows for rows in ROWS for size in LENGTHS if rows * min(longest, size) <= most]
+        for chunks in steps:
             works = tuple(_idle_work(idle, count) for count in chunks)
             assembled = self.assembler.assemble(Step(works=works), self._work)
             model.logits(model.hidden(assembled.batch, self.stores)[list(assembled.ends)])

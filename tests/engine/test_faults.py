@@ -13,7 +13,7 @@ from omniserve.base.errors import DeviceMemoryError
 from omniserve.base.types import Request, SamplingParams
 from omniserve.models.decoder import LayerStores
 from omniserve.ops.batch import Batch
-from tests.engine.harness import Ask, Loaded, Shape, alone, load, outputs, request, serve
+from tests.engine.harness import CONTEXT, Ask, Loaded, Shape, alone, load, outputs, request, serve
 
 POISON = 5
 """A token whose embedding is not a number."""
@@ -128,6 +128,32 @@ def test_a_step_that_cannot_be_smaller_fails(model: Loaded) -> None:
     assert [output.finish for output in engine.drain()] == ["abort"]
     engine.scheduler.check()
     runner.model = real
+    assert serve(engine, SOUND) == alone(model, SOUND)
+
+
+def test_preparing_runs_all_kinds_of_prompts_and_leaves_no_trace(model: Loaded) -> None:
+    """What a GPU's kernels are compiled with: no position beyond the longest sequence, nothing of it is seen later."""
+    engine, runner = model.engine(Shape(step=256))
+    before = {kind: table.clone() for kind, table in enumerate(runner.assembler.tables)}
+    shapes: list[tuple[int, int]] = []
+    real = runner.model
+
+    class Watched:
+        embedding, logits, spec = real.embedding, real.logits, real.spec
+
+        @staticmethod
+        def hidden(batch: Batch, stores: LayerStores) -> torch.Tensor:
+            shapes.append((batch.tokens.shape[0], batch.rows.count))
+            assert int(batch.positions.max()) < CONTEXT
+            assert all(int(slots.max()) < 0 for slots in batch.write_slots)
+            return real.hidden(batch, stores)
+
+    runner.model = Watched()  # type: ignore[assignment]  # all that a runner asks of a model
+    runner.prepare(graphs=False)
+    runner.model = real
+    assert {(1, 1), (2, 1), (17, 1), (256, 1), (80, 2), (120, 3), (160, 4)} <= set(shapes)
+    assert max(tokens for tokens, _ in shapes) == 256
+    assert all(torch.equal(table, before[kind]) for kind, table in enumerate(runner.assembler.tables))
     assert serve(engine, SOUND) == alone(model, SOUND)
 
 
