@@ -184,7 +184,7 @@ def best(kind: str, tokens: int, rows: int, columns: int, held: Entry | None, ws
         try:
             assert torch.equal(problem(ws[0], tile), expected), f"{kind} {tokens}x{rows}x{columns} {tile}: other bits"
             total = replayed(lambda tile=tile: [problem(w, tile) for w in ws], 20)  # type: ignore[misc]
-        except RuntimeError as error:
+        except (RuntimeError, triton.OutOfResources) as error:  # does not fit this card
             say(f"left out: {kind} {tokens}x{rows}x{columns} {tile}: {str(error)[:120]}")
             continue
         times[tile] = total / len(ws)
