@@ -14,7 +14,7 @@ from omniserve.engine.grammar import Matchers, Taking
 from omniserve.engine.graphs import DecodeGraphs, Numbers
 from omniserve.models.decoder import Decoder, LayerStores
 from omniserve.ops.batch import Workspace
-from omniserve.ops.sample import CORRUPTED, EXHAUSTED, Logprobs, SampleState, logprobs, sample
+from omniserve.ops.sample import CORRUPTED, EXHAUSTED, Logprobs, SampleState, logprobs, sample, warm
 from omniserve.ops.transfer import Arriving, sent
 from omniserve.sparsity.policy import Policy
 
@@ -165,7 +165,8 @@ class Runner:
         for chunks in steps:
             works = tuple(_idle_work(idle, count) for count in chunks)
             assembled = self.assembler.assemble(Step(works=works), self._work)
-            model.logits(model.hidden(assembled.batch, self.stores)[list(assembled.ends)])
+            logits = model.logits(model.hidden(assembled.batch, self.stores)[list(assembled.ends)])
+        warm(logits)
         if graphs:
             self._graphs = DecodeGraphs(self._produce, (idle, 0, 0), most=idle, device=self._device)
 

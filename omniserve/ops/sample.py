@@ -496,6 +496,18 @@ def logprobs(logits: Tensor, tokens: Tensor, count: int) -> Logprobs:
     )
 
 
+def warm(logits: Tensor) -> None:
+    """Draw from logits [S, V] in every way that has a kernel, so that none is compiled within a request."""
+    one = torch.zeros(1, dtype=torch.int64, device=logits.device)
+    all_of_it = one.double() + 1
+    chance = Chance(
+        rows=one, seed=one, position=one, temperature=all_of_it, top_k=one + 1, top_p=all_of_it, min_p=all_of_it * 0
+    )
+    sample(logits, SampleRows(whole=chance))
+    sample(logits, SampleRows(narrow=chance))
+    logprobs(logits, one.expand(logits.shape[0]), 1)
+
+
 @operation
 def likeliest(logits: Tensor, count: int) -> Tensor:
     """Return the ids of the largest logits [S, V], int64 [S, count], in order, the smaller id first among equals.

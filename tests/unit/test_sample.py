@@ -18,6 +18,7 @@ from omniserve.ops.sample import (
     logprobs,
     sample,
     uniform,
+    warm,
 )
 
 CPU = torch.device("cpu")
@@ -424,6 +425,14 @@ def test_the_largest_u_draws_no_forbidden_token(filters: dict[str, int], monkeyp
     state = state_of(admission(SamplingParams(allowed_token_ids=(1, 3, 6), **filters)))
     monkeypatch.setattr("omniserve.ops.sample.uniform", lambda seed, position: torch.ones(1, dtype=torch.float64))
     assert sample(LOGITS[None], state.rows([0], [5])).item() == 6  # even if its product with the sum is rounded up
+
+
+@pytest.mark.parametrize("vocab", [1, 50, 300])
+def test_warming_takes_any_vocabulary_and_leaves_no_trace(vocab: int) -> None:
+    logits = torch.randn(2, vocab, generator=torch.Generator().manual_seed(1))
+    before = logits.clone()
+    warm(logits)
+    assert torch.equal(logits, before)
 
 
 # Log-probabilities
