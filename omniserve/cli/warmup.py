@@ -1,5 +1,6 @@
 """`omniserve warmup`: compile the kernels that a model needs, so that the next start finds them."""
 
+import importlib
 from pathlib import Path
 from typing import Annotated
 
@@ -51,6 +52,5 @@ def warmup(
 
 def _kept(given: Path | None = None) -> str:
     """Return where kernels are kept; only where there is a GPU, and so Triton."""
-    from omniserve.kernels.device import cache_folder
-
-    return cache_folder(given)
+    folder: str = importlib.import_module("omniserve.kernels.device").cache_folder(given)
+    return folder
