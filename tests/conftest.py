@@ -11,6 +11,9 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["CUDA_VISIBLE_DEVICES"] = (
+    ""  # the tests are the CPU's, on a machine with a GPU too; tests.kernels.check is its
+)
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in the background; commands under test would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -10,6 +10,7 @@ from omniserve.base.config import PRECISIONS, DtypeName, HeadName, Options, Prec
 from omniserve.base.errors import CapacityError, ConfigError
 from omniserve.base.numbers import ceil_div, human_bytes
 from omniserve.base.spec import Device, ModelSpec
+from omniserve.engine.graphs import sizes
 from omniserve.formats.blocks import SIDE
 from omniserve.models.families import expected, linears
 from omniserve.ops.dispatch import load_kernels
@@ -104,9 +105,10 @@ def working_bytes(spec: ModelSpec, dtype: DtypeName, longest: int) -> Callable[[
     heads = (2 * spec.heads + 2 * spec.kv_heads) * spec.head_dim
 
     def count(tokens: int, seqs: int) -> int:
-        # The product of gate and up is fp32, then come its codes; the residual stream, its sum and their norm.
-        token = 2 * ffn * 4 + ffn + heads * element + spec.hidden * (3 * element + 1)
-        logits = seqs * spec.vocab * (4 + 8)
+        # The product of gate and up, then its codes; the residual stream, its sum and their norm.
+        token = 2 * ffn * element + ffn + heads * element + spec.hidden * (3 * element + 1)
+        # Every captured step keeps logits of its own, fp32; draws work on two copies at most.
+        logits = (sum(sizes(seqs)) + 2 * seqs) * spec.vocab * 4
         return (tokens + seqs) * token + logits + 2 * longest * spec.kv_heads * spec.head_dim * element + BESIDE
 
     return count
