@@ -539,5 +539,5 @@ def tokens_of(bits: int, head_dim: int) -> int:
 
 def options_of(bits: int, head_dim: int) -> dict[str, int]:
     """Return how a program runs: in one warp, so that neither codes nor weights cross from warp to warp."""
-    fewer = head_dim > 128 or (bits, head_dim) == (8, 64)  # or registers spill
+    fewer = head_dim > 128 or (bits, head_dim) in ((8, 64), (4, 80))  # or registers spill
     return {"num_warps": 1, "num_stages": 3 if fewer else 5}
