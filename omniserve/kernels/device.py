@@ -46,6 +46,12 @@ def architecture() -> int:
 
 
 @functools.cache
+def pdl() -> bool:
+    """Whether a kernel may start while the one before it still runs (programmatic dependent launch)."""
+    return not INTERPRETED and torch.cuda.is_available() and architecture() >= 90
+
+
+@functools.cache
 def processors() -> int:
     """Return how many streaming multiprocessors the card has; the interpreter plays a small one."""
     return 8 if INTERPRETED else torch.cuda.get_device_properties(0).multi_processor_count
