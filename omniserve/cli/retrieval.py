@@ -68,7 +68,7 @@ def ruler(
     /,
     *,
     output: Output,
-    tasks: str = "multikey,lines,pairs,tracking",
+    tasks: str = "passkey,multikey,lines,pairs,tracking",
     lengths: str = "512,1024,2048",
     depths: str = "10,50,90",
     samples: Whole = 2,
@@ -76,7 +76,7 @@ def ruler(
     engine: EngineFlags = NO_FLAGS,
     common: Common = Common(),  # noqa: B008  # frozen
 ) -> None:
-    """Tasks in the manner of RULER: several keys, lines, key-value pairs, variable tracking.
+    """Tasks in the manner of RULER: a passkey, several keys, lines, key-value pairs, variable tracking.
 
     Otherwise like `eval needle`.
 
@@ -87,7 +87,7 @@ def ruler(
     output
         Folder for results.jsonl and a heat map for each task.
     tasks
-        Some of multikey, lines, pairs, tracking, with commas between them.
+        Some of needle, passkey, multikey, lines, pairs, tracking, with commas between them.
     lengths
         Tokens of the prompts with their answers, with commas between them.
     depths

@@ -112,6 +112,16 @@ def multikey(encode: Encode, draw: random.Random, room: int, depth: int) -> tupl
     return needle(encode, draw, room, depth, keys=4)
 
 
+def passkey(encode: Encode, draw: random.Random, room: int, depth: int) -> tuple[str, str, list[str]]:
+    """One secret number among filler, which nothing but its sentence names."""
+    number = _number(draw)
+    head = "A passkey is hidden in the following text. Remember it.\n\n"
+    tail = "\n\nQuestion: What is the secret passkey?\nAnswer: The secret passkey is"
+    hidden = f"The secret passkey is {number}. Remember it. "
+    room -= sum(len(encode(part)) for part in (head, tail, hidden))
+    return head + _hide(_filled(encode, draw, room, sentence), [hidden], depth, draw), tail, [number]
+
+
 def lines(encode: Encode, draw: random.Random, room: int, depth: int) -> tuple[str, str, list[str]]:
     """Nothing but numbered lines, one of which is asked for."""
 
@@ -159,6 +169,7 @@ def tracking(encode: Encode, draw: random.Random, room: int, depth: int) -> tupl
 
 TASKS: dict[str, Callable[[Encode, random.Random, int, int], tuple[str, str, list[str]]]] = {
     "needle": needle,
+    "passkey": passkey,
     "multikey": multikey,
     "lines": lines,
     "pairs": pairs,

@@ -175,7 +175,7 @@ def test_needle_dense_against_sparse_and_again(run: Run, tiny: Path) -> None:
 def test_ruler_tasks(run: Run, tiny: Path) -> None:
     ran = run("eval", "ruler", tiny, "-o", "out", "--lengths", "250", "--depths", "50", "--samples", "1")
     assert ran.code == 0, ran.err
-    assert all(task in ran.out for task in ("multikey", "lines", "pairs", "tracking"))
+    assert all(task in ran.out for task in ("passkey", "multikey", "lines", "pairs", "tracking"))
     assert run("eval", "ruler", tiny, "-o", "out", "--tasks", "needles").code == 2
     assert "too short" in run("eval", "ruler", tiny, "-o", "b", "--tasks", "pairs", "--lengths", "40").err
 
