@@ -181,7 +181,7 @@ class Runner:
     def _produce(self, numbers: Numbers) -> Tensor:
         """Return the logits of rows that read the last tokens of their slots; nothing in it looks from the host."""
         batch = self.assembler.decode(*numbers, self._work)
-        return self.model.logits(self.model.hidden(batch, self.stores))
+        return self.model.produce(batch, self.stores)
 
     def _admit(self, slot: int, admission: Admission) -> None:
         self._sampling.set(slot, admission)

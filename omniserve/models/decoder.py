@@ -52,14 +52,24 @@ class Decoder:
 
     def hidden(self, batch: Batch, stores: LayerStores) -> Tensor:
         """Return the residual stream after the last layer [T, C], before the final norm; writes the step's pages."""
-        x = self.embedding[batch.tokens]
-        delta: Tensor | None = None
-        for block, store in zip(self.blocks, stores, strict=True):
-            x, delta = block(x, delta, batch, store)
-        assert delta is not None, "a decoder has at least one layer"
+        x, delta = self._through(batch, stores)
         return x + delta
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [S, V] of rows of the residual stream [S, C], fp32 (fp64 if the model is)."""
         normed, _ = self.norm(hidden, None, self.head.wants)
         return self.head.logits(normed)
+
+    def produce(self, batch: Batch, stores: LayerStores) -> Tensor:
+        """Return `logits` of `hidden` of all tokens, the last sum within the norm; writes the step's pages."""
+        normed, _ = self.norm(*self._through(batch, stores), self.head.wants)
+        return self.head.logits(normed)
+
+    def _through(self, batch: Batch, stores: LayerStores) -> tuple[Tensor, Tensor]:
+        """Return the residual stream before the last sublayer's output, and that output, each [T, C]."""
+        x = self.embedding[batch.tokens]
+        delta: Tensor | None = None
+        for block, store in zip(self.blocks, stores, strict=True):
+            x, delta = block(x, delta, batch, store)
+        assert delta is not None, "a decoder has at least one layer"
+        return x, delta

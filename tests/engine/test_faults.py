@@ -94,7 +94,7 @@ def test_a_step_that_is_too_large_is_cut(model: Loaded, overlap: bool) -> None:
     real, sizes = runner.model, list[int]()
 
     class Small:
-        embedding, logits, spec = real.embedding, real.logits, real.spec
+        embedding, logits, produce, spec = real.embedding, real.logits, real.produce, real.spec
 
         @staticmethod
         def hidden(batch: Batch, stores: LayerStores) -> torch.Tensor:
@@ -139,7 +139,7 @@ def test_preparing_runs_all_kinds_of_prompts_and_leaves_no_trace(model: Loaded) 
     real = runner.model
 
     class Watched:
-        embedding, logits, spec = real.embedding, real.logits, real.spec
+        embedding, logits, produce, spec = real.embedding, real.logits, real.produce, real.spec
 
         @staticmethod
         def hidden(batch: Batch, stores: LayerStores) -> torch.Tensor:
