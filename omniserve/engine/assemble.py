@@ -10,6 +10,7 @@ from omniserve.base.config import TILE
 from omniserve.base.numbers import ceil_div
 from omniserve.base.types import PAGE, PageMoves, Step, Work
 from omniserve.ops.batch import Batch, Rows, Workspace
+from omniserve.ops.lists import produced
 from omniserve.ops.pages import cut_rows
 from omniserve.ops.transfer import sent
 from omniserve.sparsity.policy import Policy
@@ -58,15 +59,15 @@ class Assembler:
 
         slots, positions, prompts int64 [R], on the device. The host looks at nothing: the work can be captured.
         """
-        seq_len = (positions + 1).int()
+        tokens, seq_len, pages, places = produced(self.last_token, positions, slots, self.tables)
         rows = Rows(
             cu_q=self._counting(slots.shape[0] + 1),
             seq_len=seq_len,
             singles=slots.shape[0],
             longest=self.tables[0].shape[1] * PAGE,
-            cuts=cut_rows((seq_len + PAGE - 1) // PAGE),
+            cuts=cut_rows(pages),
         )
-        return self._batch(self.last_token[slots], positions, slots, slots, prompts, rows, work)
+        return self._batch(tokens, positions, places, slots, prompts, rows, work)
 
     def _counting(self, count: int) -> Tensor:
         """Return 0, 1, 2, ... as int32 [count]."""
@@ -108,7 +109,10 @@ class Assembler:
             cuts=cut_rows((seq_len[:singles] + PAGE - 1) // PAGE) if singles else None,
             chunks=plan.positions_of(range(singles, len(plan.slots))),
         )
-        batch = self._batch(tokens, positions, owners, slots, prompts, rows, work)
+        page, offset = positions // PAGE, positions % PAGE
+        # A place below 0 is skipped: the slot has no page there.
+        places = tuple(table[owners, page].long() * PAGE + offset for table in self.tables)
+        batch = self._batch(tokens, positions, places, slots, prompts, rows, work)
         spans = [sorted(plan.spans[number], key=lambda run: run[0]) for number in range(len(step.works))]
         return Assembled(
             batch=batch,
@@ -117,16 +121,14 @@ class Assembler:
         )
 
     def _batch(
-        self, tokens: Tensor, positions: Tensor, owners: Tensor, slots: Tensor, prompts: Tensor, rows: Rows,
+        self, tokens: Tensor, positions: Tensor, places: tuple[Tensor, ...], slots: Tensor, prompts: Tensor, rows: Rows,
         work: Workspace,
     ) -> Batch:  # fmt: skip
-        """Return the batch of tokens at positions, int64 [T], of requests whose slots are owners [T] and slots [R]."""
-        page, offset = positions // PAGE, positions % PAGE
+        """Return the batch of tokens at positions, int64 [T], written to places [T], of requests with slots [R]."""
         return Batch(
             tokens=tokens,
             positions=positions,
-            # A place below 0 is skipped: the slot has no page there.
-            write_slots=tuple(table[owners, page].long() * PAGE + offset for table in self.tables),
+            write_slots=places,
             slots=slots,
             prompts=prompts,
             tables=self.tables,

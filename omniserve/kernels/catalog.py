@@ -12,6 +12,7 @@ from omniserve.kernels import (
     flash,
     hopper,
     linear,
+    lists,
     pick,
     prefill,
     produced,
@@ -77,6 +78,7 @@ def specs(arch: int) -> Iterator[Spec]:
     yield from _pick(arch)
     yield from _rows(arch)
     yield from _write(arch)
+    yield from _lists(arch)
     yield from _attention(arch)
     yield from _selection(arch)
     yield from _prefill(arch)
@@ -286,6 +288,32 @@ def _write(arch: int) -> Iterator[Spec]:
                 fusion=False,
                 first=arch == 90 and (head_dim, bits) == (128, 4),
             )
+
+
+def _lists(arch: int) -> Iterator[Spec]:
+    common = {"arch": arch, "warps": 4, "first": arch == 90}
+    yield Spec(
+        name="produced",
+        kernel=lists.produced_kernel,
+        types={
+            "last": "*i64", "positions": "*i64", "slots": "*i64", "table0": "*i32", "table1": "*i32", "tokens": "*i64",
+            "seq_len": "*i32", "pages": "*i32", "places0": "*i64", "places1": "*i64", "rows": "i32", "stride": "i32",
+        },
+        constants={"TWO": True, "BLOCK": lists.ROWS, "PDL": arch == 90},
+        loose=("rows", "stride"),
+        **common,
+    )  # fmt: skip
+    yield Spec(
+        name="window",
+        kernel=lists.window_kernel,
+        types={
+            "table": "*i32", "slots": "*i64", "cu_q": "*i32", "seq_len": "*i32", "ids": "*i32", "index": "*i32",
+            "count": "*i32", "stride": "i32", "max_pages": "i32", "width": "i32", "sink": "i32", "local": "i32",
+        },
+        constants={"BLOCK": lists.PLACES, "PDL": arch == 90},
+        loose=("slots", "cu_q", "seq_len", "stride", "max_pages", "width", "sink", "local"),
+        **common,
+    )  # fmt: skip
 
 
 def _attention(arch: int) -> Iterator[Spec]:

@@ -12,7 +12,8 @@ from omniserve.base.numbers import ceil_div
 from omniserve.base.spec import ModelSpec
 from omniserve.base.types import PAGE, Kind
 from omniserve.cache.keep import KeepRule
-from omniserve.ops.batch import Batch, PageList, Reading, Rows, Visible
+from omniserve.ops.batch import Batch, Reading, Rows, Visible
+from omniserve.ops.lists import window_pages
 from omniserve.ops.pages import HeadGroup, PageStore
 from omniserve.sparsity.heads import HeadSplit
 from omniserve.sparsity.topk import PageSelector, whole
@@ -126,7 +127,6 @@ class Sparse:
 
     def _streaming(self, table: Tensor, slots: Tensor, rows: Rows) -> tuple[Reading, ...]:
         """Return the pages of the sink and of the windows, for produced positions and for those of prompts."""
-        begin = rows.seq_len.long() - (rows.cu_q[1:] - rows.cu_q[:-1]).long()  # position of a row's first query
         sink = self._sparsity.sink
         reads = []
         local, longest = self._sparsity.local, ceil_div(rows.longest, PAGE)
@@ -138,7 +138,8 @@ class Sparse:
         for span, local, width in spans:
             if span:
                 of = slice(span.start, span.stop)
-                pages = _window(table[slots[of]], begin[of], rows.seq_len[of].long(), sink, local, width)
+                cu_q = rows.cu_q[span.start : span.stop + 1]
+                pages = window_pages(table, slots[of], cu_q, rows.seq_len[of], sink, local, width)
                 reads.append(Reading(rows=span, pages=pages, visible=Visible(sink=sink, local=local)))
         return tuple(reads)
 
@@ -158,18 +159,3 @@ class Sparse:
             to = None if places is None else places[heads]
             groups.append(HeadGroup(heads=heads, to=to, reads=reads, store=store))
         return tuple(groups)
-
-
-def _window(table: Tensor, begin: Tensor, end: Tensor, sink: int, local: int, width: int) -> PageList:
-    """Return sink and window pages of rows whose queries stand at positions [begin, end), each page once, ascending.
-
-    table [R, max_pages]; width: places of the lists, at least as many as any row has pages to read
-    """
-    opening = (begin - local + 1).clamp(min=0) // PAGE  # the page of the first key that a window shows
-    leading = opening.clamp(max=ceil_div(sink, PAGE))
-    count = leading + (end - 1) // PAGE - opening + 1
-    place = torch.arange(width, device=table.device)[None]
-    index = torch.where(place < leading[:, None], place, place - leading[:, None] + opening[:, None])
-    index = index.clamp(max=table.shape[1] - 1)
-    ids = torch.gather(table, 1, index)
-    return PageList(ids=ids, index=index.to(torch.int32), count=count.to(torch.int32), slots=None)

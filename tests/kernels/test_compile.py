@@ -25,6 +25,7 @@ KERNELS = {
     "maxima_kernel",
     "parts_kernel",
     "pick_kernel",
+    "produced_kernel",
     "quantize_kernel",
     "rope_write_kernel",
     "score_kernel",
@@ -33,6 +34,7 @@ KERNELS = {
     "swiglu_kernel",
     "top_kernel",
     "weigh_kernel",
+    "window_kernel",
 }
 """All kernels: each has at least one launch in the catalogue."""
 HOPPER = {"hopper_kernel", "flash_gluon_kernel"}

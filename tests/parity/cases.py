@@ -315,6 +315,32 @@ def cut_rows() -> Iterator[tuple[str, Args]]:
     yield "many rows", (many,)
 
 
+def produced() -> Iterator[tuple[str, Args]]:
+    """One table and two, rows without a page, first and last places of pages, more rows than a program takes."""
+    for count, tables in ((1, 1), (3, 2), (300, 2), (0, 1)):
+        draw = _generator(count)
+        slots = torch.randperm(max(count, 1) + 4, generator=draw)[:count]
+        held = tuple(torch.randint(-1, 9000, (count + 8, 5), generator=draw, dtype=torch.int32) for _ in range(tables))
+        positions = torch.randint(0, 5 * PAGE, (count,), generator=draw)
+        positions[:3] = torch.tensor([PAGE - 1, PAGE, 0])[:count]
+        last = torch.randint(0, 2**40, (count + 8,), generator=draw)
+        yield f"{count} rows, {tables} tables", (last, positions, slots, held)
+
+
+def window_pages() -> Iterator[tuple[str, Args]]:
+    """Produced positions and prompts: shorter than the sink, at its border, behind it; lists longer than a program."""
+    for sink, local, queries in ((128, 256, 1), (0, 100, 1), (100, 64, 1), (128, 256, 70), (64, 1, 500)):
+        ends = [queries, 127, 128, 129, 383, 384, 385, 449, 2000, 5000]
+        ends = [end for end in ends if end >= queries]
+        rows, pages = len(ends), 80
+        table = torch.randint(-1, 9000, (rows + 3, pages), generator=_generator(sink + local), dtype=torch.int32)
+        cu_q = torch.arange(rows + 1, dtype=torch.int32) * queries
+        slots, seq_len = torch.arange(rows) + 2, torch.tensor(ends, dtype=torch.int32)
+        for width in (4 + (local + queries + PAGE) // PAGE, 1500):
+            name = f"sink {sink}, window {local}, {queries} queries, {width} places"
+            yield name, (table, slots, cu_q, seq_len, sink, local, width)
+
+
 def _long_prompts() -> Iterator[tuple[str, Args]]:
     """Prompts of several tiles after earlier tokens; windows with edges in all places; pages chosen by tiles."""
     given, tokens = (640, 150), (270, 150)
@@ -503,5 +529,7 @@ CASES: dict[str, Callable[[], Iterator[tuple[str, Args]]]] = {
     "rope_write": rope_write,
     "attend": attend,
     "cut_rows": cut_rows,
+    "produced": produced,
+    "window_pages": window_pages,
     "select_pages": select_pages,
 }
