@@ -235,7 +235,7 @@ def _pick(arch: int) -> Iterator[Spec]:
 def _rows(arch: int) -> Iterator[Spec]:
     model = "*bf16"
     emitted = {"plain": model, "codes": "*i8", "scale": "*fp32", "total": "*i32"}
-    flags = {"INT8": True, "SUM": True, "ASM": True}
+    flags = {"INT8": True, "SUM": True, "ASM": True, "PDL": arch == 90}
     for columns in (576, 4096, 14336, 28672):
         block, warps = rows.block_of(columns)
         common = {"arch": arch, "warps": warps, "fusion": False, "first": arch == 90 and columns == 4096}
@@ -243,7 +243,7 @@ def _rows(arch: int) -> Iterator[Spec]:
             name=f"quantize {columns}",
             kernel=rows.quantize_kernel,
             types={"x": model, "codes": "*i8", "scale": "*fp32", "total": "*i32", "C": "i32", "x_stride": "i32"},
-            constants={"SUM": True, "BLOCK": block, "ASM": True},
+            constants={"SUM": True, "BLOCK": block, "ASM": True, "PDL": arch == 90},
             **common,
         )
         chunk, chunks = rows.chunks_of(columns, 4)
@@ -282,7 +282,8 @@ def _write(arch: int) -> Iterator[Spec]:
                 arch=arch,
                 kernel=write.rope_write_kernel,
                 types=types,
-                constants=write.constants(group, head_dim, bits, norm=norm, static=False, mean=True, two=two),
+                constants=write.constants(group, head_dim, bits, norm=norm, static=False, mean=True, two=two)
+                | {"PDL": arch == 90},
                 warps=write.WARPS,
                 loose=("kv_heads", "share0"),
                 fusion=False,

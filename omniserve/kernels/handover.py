@@ -6,10 +6,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def handed_over():
-    """Wait until all kernels before have ended and their results are seen; then let the next one begin.
+    """Let the next kernel begin, then wait until all kernels before have ended and their results are seen.
 
-    Nothing that a kernel before wrote is read above this, and nothing written: whoever comes next waits in the same
-    way, so that no two kernels that depend on each other overlap by more than what stands above.
+    Nothing that a kernel before wrote is read above this, and nothing written. The next kernel may take its place on
+    the card at once, since it waits in the same way: what it fetches meanwhile, nobody writes.
     """
-    gdc_wait()
     gdc_launch_dependents()
+    gdc_wait()

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from omniserve.kernels.device import INTERPRETED, OUTPUTS, kernel_of, need
+from omniserve.kernels.device import INTERPRETED, OUTPUTS, kernel_of, need, pdl
+from omniserve.kernels.handover import handed_over
 from omniserve.kernels.rounding import magnitude, nearest, quotient, reciprocal, share
 from omniserve.ops.act import FLOOR, Act, ActFormat, Both, Int8, Plain, quantize
 from omniserve.ops.glu import swiglu
@@ -58,8 +59,11 @@ def quantize_kernel(
     SUM: tl.constexpr,
     BLOCK: tl.constexpr,
     ASM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Quantize one row."""
+    if PDL:
+        handed_over()
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     keep = at < C
@@ -87,12 +91,18 @@ def add_norm_kernel(
     SUM: tl.constexpr,
     BLOCK: tl.constexpr,
     ASM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Add, norm and emit one row."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     keep = at < C
     place = row * C + at
+    EARLY: tl.constexpr = PDL and BLOCK <= 16384  # wider rows have no registers for it
+    if EARLY:  # before the kernel before ends
+        gain = tl.load(weight + at, mask=keep, other=0.0).to(tl.float32)
+    if PDL:
+        handed_over()
     value = tl.load(x + row * x_stride + at, mask=keep, other=0.0).to(tl.float32)
     if DELTA:
         value += tl.load(delta + row * delta_stride + at, mask=keep, other=0.0).to(tl.float32)
@@ -101,7 +111,9 @@ def add_norm_kernel(
         value = rounded.to(tl.float32)
     mean = tl.div_rn(tl.sum(value * value, 0), 1.0 * C)
     value = value * tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
-    value = value * tl.load(weight + at, mask=keep, other=0.0).to(tl.float32)
+    if not EARLY:
+        gain = tl.load(weight + at, mask=keep, other=0.0).to(tl.float32)
+    value = value * gain
     _emit(value, keep, place, row, plain, codes, scale, total, PLAIN, INT8, SUM, ASM)
 
 
@@ -120,8 +132,11 @@ def swiglu_kernel(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     ASM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Multiply silu(gate) by up and emit one row, chunk by chunk: the products stay in registers for both passes."""
+    if PDL:
+        handed_over()
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, CHUNK)
     values = ()
@@ -223,8 +238,10 @@ def quantize_triton(x: Tensor, wants: ActFormat) -> Act:
             result.sums,
             block,
             not INTERPRETED,
+            pdl(),
             num_warps=warps,
             enable_fp_fusion=False,
+            launch_pdl=pdl(),
         )
     act = result.act()
     return Both(Plain(x), act) if wants in (ActFormat.BOTH, ActFormat.BOTH_SUM) else act
@@ -246,8 +263,8 @@ def add_norm_triton(
         add_norm_kernel[(rows,)](
             x, change, weight.contiguous(), residual, *result.pointers(residual), columns, x.stride(0),
             change.stride(0), eps, delta is not None, result.plain_wanted, result.int8_wanted, result.sums, block,
-            not INTERPRETED,
-            num_warps=warps, enable_fp_fusion=False,
+            not INTERPRETED, pdl(),
+            num_warps=warps, enable_fp_fusion=False, launch_pdl=pdl(),
         )  # fmt: skip
     return result.act(), residual
 
@@ -262,7 +279,7 @@ def swiglu_triton(product: Tensor, wants: ActFormat, dtype: torch.dtype) -> Act:
     if rows:
         swiglu_kernel[(rows,)](
             product, *result.pointers(product), columns, product.stride(0), result.plain_wanted, result.int8_wanted,
-            result.sums, *chunks_of(columns, product.element_size()), not INTERPRETED, num_warps=CHUNK_WARPS,
-            enable_fp_fusion=False,
+            result.sums, *chunks_of(columns, product.element_size()), not INTERPRETED, pdl(), num_warps=CHUNK_WARPS,
+            enable_fp_fusion=False, launch_pdl=pdl(),
         )  # fmt: skip
     return result.act()

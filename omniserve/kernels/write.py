@@ -15,7 +15,8 @@ from torch import Tensor
 from omniserve.base.numbers import ceil_div
 from omniserve.base.types import PAGE
 from omniserve.formats.kv import LARGEST, SMALLEST, STATIC_ZERO, LayerPages
-from omniserve.kernels.device import INTERPRETED, OUTPUTS, kernel_of, need
+from omniserve.kernels.device import INTERPRETED, OUTPUTS, kernel_of, need, pdl
+from omniserve.kernels.handover import handed_over
 from omniserve.kernels.rounding import clamped, quotient, share
 from omniserve.kernels.statistics import note
 from omniserve.ops.pages import rope_write
@@ -121,8 +122,11 @@ def rope_write_kernel(
     MEAN: tl.constexpr,
     TWO: tl.constexpr,
     ASM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One token, HEADS key heads of one group."""
+    if PDL:
+        handed_over()
     HALF: tl.constexpr = D // 2
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -243,6 +247,7 @@ def rope_write_triton(
         **flags,
         num_warps=WARPS,
         enable_fp_fusion=False,
+        launch_pdl=flags["PDL"],
     )
     for slot, store in zip(slots, stores, strict=True):
         if store.statistics is not None:
@@ -258,7 +263,7 @@ def constants(
     return {
         "G": group, "D": head_dim, "HP": triton.next_power_of_2(head_dim // 2), "HEADS": heads,
         "QUERIES": triton.next_power_of_2(heads * group), "BITS": bits, "NORM": norm, "STATIC": static, "MEAN": mean,
-        "TWO": two, "ASM": not INTERPRETED,
+        "TWO": two, "ASM": not INTERPRETED, "PDL": pdl(),
     }  # fmt: skip
 
 
