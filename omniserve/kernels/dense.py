@@ -29,6 +29,10 @@ LARGE = (
 """Tiles for more than 64 tokens, and microseconds that a round of them takes on an H200 with K = 4,096."""
 
 
+EXACT = (Tile(16, 64, 1, 4, 3), Tile(64, 64, 1, 4, 3))
+"""Tiles of fp32, for up to 16 tokens and for more: one step for all, since sums are added up step by step."""
+
+
 def choose_dense(tokens: int, rows: int, *, arch: int, sms: int) -> Tile:
     """Return the tile for T tokens and N weights; on 9.0 measured on an H200 at the sizes of Llama-3-8B."""
     if arch != 90:
@@ -82,7 +86,12 @@ def dense_kernel(
         else:
             tokens = tl.load(xp + k, mask=(k + rk < K)[None, :], other=0.0)
             weights = tl.load(wp + k, mask=(k + rk < K)[None, :], other=0.0)
-        acc = tl.dot(weights, tokens.T, acc, input_precision="ieee")
+        if weights.dtype == tl.float32:
+            # The sum of each step, then the sum of steps: the error of one chain over all of K is several times that.
+            # Without the last argument, which means nothing here, the compiler would make one chain of them again.
+            acc += tl.dot(weights, tokens.T, input_precision="ieee", max_num_imprecise_acc=1)
+        else:
+            acc = tl.dot(weights, tokens.T, acc)
     if BIAS:
         acc += tl.load(bias + rn, mask=rn < N, other=0.0).to(tl.float32)[:, None]
     place = y + rm.to(tl.int64)[None, :] * N + rn[:, None]
@@ -98,7 +107,10 @@ def constants(tile: Tile, *, bias: bool, columns: int) -> dict[str, Any]:
 
 
 def dense(x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype, tile: Tile | None = None) -> Tensor:
-    """Return x @ w.T + bias [T, N] in `dtype`; the tile is chosen unless it is given, and changes no bit."""
+    """Return x @ w.T + bias [T, N] in `dtype`; the tile is chosen unless it is given.
+
+    It changes no bit of 16-bit products; in fp32 its step does.
+    """
     need(
         x.dtype == w.dtype and x.dtype in OUTPUTS and dtype in OUTPUTS,
         f"a GPU product of {x.dtype} with {w.dtype} to {dtype}: float16, bfloat16 and float32 are there",
@@ -108,7 +120,9 @@ def dense(x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype, tile: T
     if not m:
         return y
     x, w = x if x.stride(1) == 1 else x.contiguous(), w.contiguous()
-    tile = tile or choose_dense(m, n, arch=architecture() if x.dtype != torch.float32 else 0, sms=processors())
+    if tile is None:
+        exact = x.dtype == torch.float32
+        tile = EXACT[m > 16] if exact else choose_dense(m, n, arch=architecture(), sms=processors())
     dense_kernel[(ceil_div(m, tile.tokens) * ceil_div(n, tile.weights),)](
         x, w, w if bias is None else bias.contiguous(), y, m, n, k, x.stride(0),
         **constants(tile, bias=bias is not None, columns=k), num_warps=tile.warps, num_stages=tile.stages,

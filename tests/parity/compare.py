@@ -21,8 +21,18 @@ Args = tuple[Any, ...]
 WRITES = {"attend", "rope_write", "select_pages"}
 """Operations that write into their arguments: every run gets copies."""
 
-CUT = {"gemm_w16a16": 2.0**-16}
-"""Operations whose fp32 sums tensor cores cut off instead of rounding: what that may cost, of the largest result."""
+
+def cut_off(operation: Operation[..., Any], args: Args) -> float:
+    """Return what tensor cores may lose of 16-bit products summed in fp32, as a share of the largest result.
+
+    They do not round: each step of 16 columns cuts what it adds off at the last bit of the largest summand, always in
+    the same direction, so that the losses of K / 16 steps add up. A summand is taken to be no larger than the largest
+    result. Products of fp32 numbers do not run there.
+    """
+    if operation.name != "gemm_w16a16" or not args[0].is_cuda or args[0].dtype == torch.float32:
+        return 0.0
+    return -(-args[0].shape[1] // 16) * torch.finfo(torch.float32).eps
+
 
 ROUNDED = {"add_norm", "swiglu"}
 """Operations whose codes come from values that another order of sums moves, across a tie if one is near."""
@@ -114,7 +124,7 @@ def problems(function: Callable[..., Any], operation: Operation[..., Any], args:
             different = int((have != expected).sum())
             found += [f"{name} differs in {different} of {expected.numel()} places"] if different else []
         elif expected.numel():
-            found += _close(name, have, expected, truth[name], CUT.get(operation.name, 0.0) if have.is_cuda else 0.0)
+            found += _close(name, have, expected, truth[name], cut_off(operation, args))
     return found
 
 
