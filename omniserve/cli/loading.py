@@ -72,6 +72,8 @@ def plan_line(llm: "LLM") -> str:
     """Return what was loaded, how it is stored and which implementations serve it, in one line."""
     config, plan = llm.config, llm.plan
     seconds = sum(plan.seconds.values())
+    working = f", steps {human_bytes(plan.working_bytes)}, in all {human_bytes(plan.total_bytes)}"
+    working = working if plan.working_bytes else ""
     rounded = f" ({plan.rounding})" if plan.rounding else ""
     sparse = (
         "" if config.sparsity.off else " (" + ", ".join(f"{n:,} {kind} pages" for kind, n in plan.pages.items()) + ")"
@@ -79,7 +81,8 @@ def plan_line(llm: "LLM") -> str:
     return (
         f"{plan.model}: {config.precision.label} on {config.device.kind} ({config.dtype}), weights"
         f" {human_bytes(plan.weight_bytes)}{rounded}, KV {human_bytes(plan.kv_bytes)} = {plan.kv_tokens:,} tokens at"
-        f" {plan.kv_token_bytes:,} B{sparse}, context {config.limits.max_model_len:,}; {kernels(llm)}; {seconds:.1f} s"
+        f" {plan.kv_token_bytes:,} B{sparse}, context {config.limits.max_model_len:,}{working};"
+        f" {kernels(llm)}; {seconds:.1f} s"
     )
 
 

@@ -10,7 +10,6 @@ from omniserve.base.config import PRECISIONS, DtypeName, HeadName, Options, Prec
 from omniserve.base.errors import CapacityError, ConfigError
 from omniserve.base.numbers import ceil_div, human_bytes
 from omniserve.base.spec import Device, ModelSpec
-from omniserve.engine.graphs import sizes
 from omniserve.formats.blocks import SIDE
 from omniserve.models.families import expected, linears
 from omniserve.ops.dispatch import load_kernels
@@ -69,6 +68,12 @@ def _share(options: Options) -> float:
     return share
 
 
+def used_bytes() -> int:
+    """Return the GPU's memory that is taken now, by anyone."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
 def check_dtype(options: Options, device: Device, dtype: DtypeName) -> None:
     """Raise ConfigError unless the kernels of the device compute in this dtype."""
     if device.kind == "cuda" and options.backend != "reference" and dtype not in ("float16", "bfloat16"):
@@ -107,8 +112,7 @@ def working_bytes(spec: ModelSpec, dtype: DtypeName, longest: int) -> Callable[[
     def count(tokens: int, seqs: int) -> int:
         # The product of gate and up, then its codes; the residual stream, its sum and their norm.
         token = 2 * ffn * element + ffn + heads * element + spec.hidden * (3 * element + 1)
-        # Every captured step keeps logits of its own, fp32; draws work on two copies at most.
-        logits = (sum(sizes(seqs)) + 2 * seqs) * spec.vocab * 4
+        logits = 3 * seqs * spec.vocab * 4  # fp32, shared by all captured steps; draws work on two copies at most
         return (tokens + seqs) * token + logits + 2 * longest * spec.kv_heads * spec.head_dim * element + BESIDE
 
     return count

@@ -7,6 +7,17 @@ from torch import Tensor
 
 from omniserve.ops.transfer import parts, staged
 
+
+class _Lent:
+    """Memory of a tensor without a hold on it, for `torch.as_tensor`."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        assert tensor.dtype == torch.float32 and tensor.is_contiguous(), (tensor.dtype, tensor.stride())
+        self.__cuda_array_interface__ = {
+            "data": (tensor.data_ptr(), False), "shape": tuple(tensor.shape), "typestr": "<f4", "version": 3
+        }  # fmt: skip
+
+
 Numbers = tuple[Tensor, Tensor, Tensor]
 """Slots, positions and prompt lengths of R rows, each int64 [R]."""
 
@@ -41,8 +52,11 @@ class DecodeGraphs:
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                logits = step(numbers)
+                made = step(numbers)
             pool = graph.pool()
+            # Nobody holds the logits: graphs captured later take their place, since one step is read before the next.
+            logits = torch.as_tensor(_Lent(made))
+            del made
             self._graphs[size] = graph, places, logits, numbers
 
     @property
