@@ -38,7 +38,7 @@ def test_shipped_recipes(name: str) -> None:
         ("w4a8kv4", 128, "w4a8kv4-g128", 4, True),
         ("w4a8kv4", -1, "w4a8kv4-row", 4, True),
         ("w4a8kv8", 128, "w4a8kv8-g128", 8, True),
-        ("w8a8kv8", 128, "w8a8kv8", 8, False),
+        ("w8a8kv8", 128, "w8a8kv8", 8, True),
         ("w8a8kv4", 128, "w8a8kv4", 4, True),
         ("w8a8kv16", 128, "w8a8kv16", 16, False),
     ],
