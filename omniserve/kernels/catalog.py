@@ -455,11 +455,11 @@ def _prefill(arch: int) -> Iterator[Spec]:
                     "head0": "i32", "ids_row": "i32", "ids_head": "i32", "sink": "i32", "local": "i32",
                 },
                 constants=prefill.gather_constants(
-                    8, head_dim, bits, slots=not sparse, listed=group == 3, some=sparse, window=sparse
+                    head_dim, bits, slots=not sparse, listed=group == 3, some=sparse, window=sparse
                 ),
                 warps=4,
                 loose=("rows", "pages", "tiles", "places", "heads", "head0", "ids_row", "ids_head", "sink", "local",
-                       "count", "cu_q", "seq_len"),
+                       "ids", "index", "slots", "count", "cu_q", "seq_len"),
                 first=arch == 90 and (group, bits) == (4, 4),
             )  # fmt: skip
         for window in (False, True):
@@ -476,7 +476,7 @@ def _prefill(arch: int) -> Iterator[Spec]:
                     },
                     constants={"TO": window, "WINDOW": window, "G": group, "D": head_dim},
                     warps=4,
-                    loose=("out_head", "heads", "together", "items", "sink", "local"),
+                    loose=("out_head", "keys", "heads", "together", "items", "sink", "local", "to"),
                     matrix="wgmma",
                     longest=FLASH_LOOP,
                     first=group == 4,
@@ -494,7 +494,7 @@ def _prefill(arch: int) -> Iterator[Spec]:
                 constants=flags,
                 warps=prefill.warps_of(flags),
                 stages=prefill.stages_of(flags),
-                loose=("out_head", "heads", "sink", "local"),
+                loose=("out_head", "keys", "heads", "sink", "local", "to"),
                 matrix="wgmma" if arch == 90 else FLOATS,
                 longest=PROMPT_LOOP,
                 first=arch == 90 and group == 4,

@@ -234,7 +234,10 @@ def _compute(
         token, count, position, _start, long, _left, head = coming
 
 
-@gluon.jit
+@gluon.jit(
+    do_not_specialize=["out_head", "keys", "heads", "together", "items", "sink", "local"],
+    do_not_specialize_on_alignment=["to"],
+)
 def flash_gluon_kernel(
     q_desc,  # [T, Hq D], blocks of half a tile's tokens of one head
     k_desc,  # [H N, D], blocks of BLOCK keys

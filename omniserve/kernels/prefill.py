@@ -38,6 +38,7 @@ _QUERIES = tl.constexpr(QUERIES)
 _BLOCK = tl.constexpr(BLOCK)
 _FIELDS = tl.constexpr(FIELDS)
 _PLANNED = tl.constexpr(PLANNED)
+_ROWS = tl.constexpr(16)  # rows that programs look at together
 
 
 @triton.jit
@@ -57,36 +58,54 @@ def _kept(begin, length, sink, local, places, LISTED: tl.constexpr, WINDOW: tl.c
 
 
 @triton.jit
-def _tile(
-    tile, tiles, r, more, first_token, tokens, lengths, size, lead, skip, count, sink, local,
-    LISTED: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
+def _sizes(r, rows, cu_q, seq_len, sink, local, places, LISTED: tl.constexpr, WINDOW: tl.constexpr):
+    """Return (pages in the scratch, tiles) of rows r; 0 where there is no row."""
+    there = r < rows
+    length = tl.load(seq_len + r, mask=there, other=0)
+    tokens = tl.load(cu_q + r + 1, mask=there, other=0) - tl.load(cu_q + r, mask=there, other=0)
+    size, _, _ = _kept(length - tokens, length, sink, local, places, LISTED, WINDOW)
+    return tl.where(there, size, 0), tl.cdiv(tokens, _QUERIES)
+
+
+@triton.jit
+def _tile(tile, tiles, rows, cu_q, seq_len, count, sink, local, places, LISTED: tl.constexpr, WINDOW: tl.constexpr):
     """Return what the plan says of tiles, pages for keys, and how many blocks of keys they read (-1: no tile)."""
-    of = tl.sum((tl.cumsum(more, 0)[None, :] <= tile[:, None]).to(tl.int32), 1)
-    mine = r[None, :] == of[:, None]
-    before = r[None, :] < of[:, None]
-    begin = (tile - tl.sum(tl.where(before, more[None, :], 0), 1)) * _QUERIES
-    token = tl.sum(tl.where(mine, first_token[None, :], 0), 1)
-    queries = tl.sum(tl.where(mine, tokens[None, :], 0), 1)
-    length = tl.sum(tl.where(mine, lengths[None, :], 0), 1)
-    start = tl.sum(tl.where(before, size[None, :], 0), 1)
-    long = tl.sum(tl.where(mine, lead[None, :], 0), 1)
-    left = tl.sum(tl.where(mine, skip[None, :], 0), 1)
+    of = tile * 0
+    first = tile * 0
+    start = tile * 0
+    whole = rows * 0
+    for some in range(0, rows, _ROWS):
+        r = some + tl.arange(0, _ROWS)
+        size, more = _sizes(r, rows, cu_q, seq_len, sink, local, places, LISTED, WINDOW)
+        past = ((tl.cumsum(more, 0) + whole)[None, :] <= tile[:, None]) & (r < rows)[None, :]
+        of += tl.sum(past.to(tl.int32), 1)
+        first += tl.sum(tl.where(past, more[None, :], 0), 1)
+        start += tl.sum(tl.where(past, size[None, :], 0), 1)
+        whole += tl.sum(more, 0)
+    there = tile < tiles
+    token = tl.load(cu_q + of, mask=there, other=0)
+    queries = tl.load(cu_q + of + 1, mask=there, other=0) - token
+    length = tl.load(seq_len + of, mask=there, other=0)
     position = length - queries
+    _, long, left = _kept(position, length, sink, local, places, LISTED, WINDOW)
     if LISTED:
         # The row's own pages end the list, and all before are seen: only how many these are matters.
         own = (length - 1) // _PAGE - position // _PAGE + 1
-        position = (tl.load(count + of, mask=tile < tiles, other=0) - own) * _PAGE + position % _PAGE
+        position = (tl.load(count + of, mask=there, other=0) - own) * _PAGE + position % _PAGE
+    begin = (tile - first) * _QUERIES
     position += begin
     queries = tl.minimum(queries - begin, _QUERIES)
     steps = tl.cdiv(position + queries, _BLOCK)
     if WINDOW:
         opening = tl.maximum(position - local + 1, 0) // _BLOCK
         steps -= tl.maximum(opening - tl.cdiv(sink, _BLOCK), 0)
-    return token + begin, queries, position, start, long, left, tl.where(tile < tiles, steps, -1)
+    return token + begin, queries, position, start, long, left, tl.where(there, steps, -1)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["rows", "pages", "tiles", "places", "heads", "head0", "ids_row", "ids_head", "sink", "local"],
+    do_not_specialize_on_alignment=["ids", "index", "count", "slots", "cu_q", "seq_len"],
+)
 def gather_kernel(
     k,  # [H, N, W], keys as numbers
     v,
@@ -109,7 +128,6 @@ def gather_kernel(
     ids_head,
     sink,
     local,
-    R: tl.constexpr,  # rows, rounded up to a power of two
     SLOTS: tl.constexpr,
     LISTED: tl.constexpr,  # pages that were chosen; otherwise those that every query's window shows, in order
     SOME: tl.constexpr,  # the list has the sink's and the window's pages alone
@@ -123,28 +141,18 @@ def gather_kernel(
     HALF: tl.constexpr = D // 2
     pid = tl.program_id(0)
     head = tl.program_id(1)
-    r = tl.arange(0, R)
-    lengths = tl.load(seq_len + r, mask=r < rows, other=0)
-    first_token = tl.load(cu_q + r, mask=r < rows, other=0)
-    tokens = tl.load(cu_q + r + 1, mask=r < rows, other=0) - first_token
-    tokens = tl.where(r < rows, tokens, 0)
-    size, lead, skip = _kept(lengths - tokens, lengths, sink, local, places, LISTED, WINDOW)
-    size = tl.where(r < rows, size, 0)
-
     if pid >= pages:
         if head == 0:
-            more = tl.cdiv(tokens, _QUERIES)
             tile = (pid - pages) * _PLANNED + tl.arange(0, _PLANNED)
             token, queries, position, start, long, left, steps = _tile(
-                tile, tiles, r, more, first_token, tokens, lengths, size, lead, skip, count, sink, local, LISTED, WINDOW
+                tile, tiles, rows, cu_q, seq_len, count, sink, local, places, LISTED, WINDOW
             )
             rank = tl.zeros((_PLANNED,), tl.int32)  # longest first
             for begin in range(0, tiles, _PLANNED):
                 other = begin + tl.arange(0, _PLANNED)
                 _, _, _, _, _, _, theirs = _tile(
-                    other, tiles, r, more, first_token, tokens, lengths, size, lead, skip, count, sink, local,
-                    LISTED, WINDOW,
-                )  # fmt: skip
+                    other, tiles, rows, cu_q, seq_len, count, sink, local, places, LISTED, WINDOW
+                )
                 longer = theirs[None, :] > steps[:, None]
                 earlier = (theirs[None, :] == steps[:, None]) & (other[None, :] < tile[:, None])
                 rank += tl.sum((longer | earlier).to(tl.int32), 1)
@@ -158,19 +166,27 @@ def gather_kernel(
             tl.store(at + 5, left * _PAGE, mask=there)
         return
 
-    row = tl.sum((tl.cumsum(size, 0) <= pid).to(tl.int32), 0)
-    slot = pid - tl.sum(tl.where(r < row, size, 0), 0)
-    length = tl.sum(tl.where(r == row, lengths, 0), 0)
-    lead0 = tl.sum(tl.where(r == row, lead, 0), 0)
-    skip0 = tl.sum(tl.where(r == row, skip, 0), 0)
-    logical = tl.where(slot < lead0, slot, slot + skip0)
+    row = pid * 0
+    start = pid * 0
+    whole = pid * 0
+    for some in range(0, rows, _ROWS):
+        r = some + tl.arange(0, _ROWS)
+        size, _ = _sizes(r, rows, cu_q, seq_len, sink, local, places, LISTED, WINDOW)
+        past = (tl.cumsum(size, 0) + whole <= pid) & (r < rows)
+        row += tl.sum(past.to(tl.int32), 0)
+        start += tl.sum(tl.where(past, size, 0), 0)
+        whole += tl.sum(size, 0)
+    slot = pid - start
+    length = tl.load(seq_len + row)
+    begin = length - (tl.load(cu_q + row + 1) - tl.load(cu_q + row))
+    _, lead, skip = _kept(begin, length, sink, local, places, LISTED, WINDOW)
+    logical = tl.where(slot < lead, slot, slot + skip)
     place = logical
     listed = logical * _PAGE < length
     if LISTED:
         place = slot
         listed = slot < tl.load(count + row)
     if SOME:
-        begin = length - tl.sum(tl.where(r == row, tokens, 0), 0)
         opening = tl.maximum(begin - local + 1, 0) // _PAGE
         leading = tl.minimum(opening, tl.cdiv(sink, _PAGE))
         listed = listed & ((logical < leading) | (logical >= opening))
@@ -251,7 +267,7 @@ def _steps(
     return a, best, weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["out_head", "keys", "heads", "sink", "local"], do_not_specialize_on_alignment=["to"])
 def flash_kernel(
     q,  # [T, Hq, D], tokens `q_stride` apart; from the first head of these
     k,  # [H, N, W]
@@ -430,7 +446,7 @@ def gather(prompts: Prompts, k: Tensor, v: Tensor, plan: Tensor, heads: range) -
     assert ids.stride(-1) == 1 and (index is None or index.stride() == ids.stride()), (ids.stride(), ids.shape)
     seq_len, cu_q = prompts.rows.seq_len[run.start : run.stop], prompts.rows.cu_q[run.start : run.stop + 1]
     flags = gather_constants(
-        len(run), store.head_dim, store.format.bits, slots=not rowwise, listed=places > 0,
+        store.head_dim, store.format.bits, slots=not rowwise, listed=places > 0,
         some=index is not None and places == 0, window=visible.local is not None,
     )  # fmt: skip
     size = k.shape[1] // PAGE
@@ -478,12 +494,12 @@ def serving() -> str:
 
 @functools.cache
 def gather_constants(
-    rows: int, head_dim: int, bits: int, *, slots: bool, listed: bool, some: bool, window: bool
+    head_dim: int, bits: int, *, slots: bool, listed: bool, some: bool, window: bool
 ) -> dict[str, int | bool]:
     """Return what `gather_kernel` is compiled for."""
     need(head_dim >= 32 or INTERPRETED, f"heads of {head_dim} dims on a GPU: 32 to 256 are there")
     return {
-        "R": power_of_two(rows), "SLOTS": slots, "LISTED": listed, "SOME": some, "WINDOW": window,
+        "SLOTS": slots, "LISTED": listed, "SOME": some, "WINDOW": window,
         "D": head_dim, "W": power_of_two(head_dim), "BITS": bits, "ASM": not INTERPRETED,
     }  # fmt: skip
 
