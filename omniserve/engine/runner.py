@@ -159,14 +159,17 @@ class Runner:
         """Run steps of no request, so that no kernel is compiled, and no graph captured, within one."""
         model, idle, most = self.model, self.assembler.idle, self._work.out.shape[0]
         longest = self._max_len
-        sizes = sorted({min(size + odd, most) for size in PROMPTS for odd in (0, 1)})
+        sizes = sorted({most} | {min(size + odd, most) for size in PROMPTS for odd in (0, 1)})
         steps = [[min(longest, tokens - first) for first in range(0, tokens, longest)] for tokens in sizes]
         steps += [[min(longest, size)] * rows for rows in ROWS for size in LENGTHS if rows * min(longest, size) <= most]
         for chunks in steps:
             works = tuple(_idle_work(idle, count) for count in chunks)
             assembled = self.assembler.assemble(Step(works=works), self._work)
-            logits = model.logits(model.hidden(assembled.batch, self.stores)[list(assembled.ends)])
-        warm(logits)
+            hidden = model.hidden(assembled.batch, self.stores)
+            model.logits(hidden[list(assembled.ends)])
+            if sum(chunks) == most:  # what a step takes at most: all its tokens, and a draw for every sequence
+                warm(model.logits(hidden[:idle]))
+            del hidden
         if graphs:
             self._graphs = DecodeGraphs(self._produce, (idle, 0, 0), most=idle, device=self._device)
 
