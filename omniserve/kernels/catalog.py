@@ -6,6 +6,9 @@ and 8 key heads, D = 128) and SmolLM2-135M (hidden 576, D = 64, groups of 3).
 
 from collections.abc import Iterator
 
+import triton
+
+from omniserve.base.numbers import ceil_div
 from omniserve.kernels import (
     dense,
     draw,
@@ -254,6 +257,18 @@ def _rows(arch: int) -> Iterator[Spec]:
             constants={"PLAIN": False, "CHUNK": chunk, "CHUNKS": chunks, **flags},
             **(common | {"warps": rows.CHUNK_WARPS}),
         )
+        if arch == 90 and columns > rows.PART:
+            yield Spec(
+                name=f"swiglu {columns} in parts",
+                kernel=rows.swiglu_parts_kernel,
+                types={"x": model, **emitted, "board": "*i64", "C": "i32", "x_stride": "i32", "parts": "i32"},
+                constants={
+                    "PLAIN": False, "SUM": True, "CHUNK": rows.PART,
+                    "PARTS": triton.next_power_of_2(ceil_div(columns, rows.PART)),
+                },
+                loose=("parts",),
+                **(common | {"warps": rows.PART_WARPS}),
+            )  # fmt: skip
         yield Spec(
             name=f"add_norm {columns}",
             kernel=rows.add_norm_kernel,
@@ -282,7 +297,9 @@ def _write(arch: int) -> Iterator[Spec]:
                 arch=arch,
                 kernel=write.rope_write_kernel,
                 types=types,
-                constants=write.constants(group, head_dim, bits, norm=norm, static=False, mean=True, two=two)
+                constants=write.constants(
+                    group, head_dim, bits, norm=norm, static=False, mean=True, two=two, few=bits == 16
+                )
                 | {"PDL": arch == 90},
                 warps=write.WARPS,
                 loose=("kv_heads", "share0"),
@@ -431,7 +448,7 @@ def _selection(arch: int) -> Iterator[Spec]:
                     "slots": "*i64", "codes": "*bf16" if bits == 16 else "*u8", "scales": "*fp16",
                     "statistics": "*fp16", "tokens": "i32", "kv_heads": "i32", "each": "i32",
                 },
-                constants=statistics.constants(head_dim, bits),
+                constants=statistics.constants(head_dim, bits) | {"PDL": arch == 90},
                 warps=statistics.warps_of(head_dim),
                 loose=("slots", "tokens", "kv_heads", "each"),
                 fusion=False,

@@ -4,12 +4,15 @@ Scale and codes follow the reference to the last rounding: correctly rounded quo
 multiply-add that the compiler fused. Codes are taken from fp32 values that were never rounded to the model's dtype.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from omniserve.kernels.device import INTERPRETED, OUTPUTS, kernel_of, need, pdl
+from omniserve.base.numbers import ceil_div
+from omniserve.kernels.device import INTERPRETED, OUTPUTS, kernel_of, need, pdl, processors
 from omniserve.kernels.handover import handed_over
 from omniserve.kernels.rounding import magnitude, nearest, quotient, reciprocal, share
 from omniserve.ops.act import FLOOR, Act, ActFormat, Both, Int8, Plain, quantize
@@ -164,6 +167,66 @@ def swiglu_kernel(
             tl.store(total + row, tl.sum(sums, 0))
 
 
+@triton.jit
+def _heard(board):
+    """Return what other programs have written on the board, and see all that they wrote before."""
+    return tl.inline_asm_elementwise(
+        "ld.acquire.gpu.global.b64 $0, [$1];", "=l,l", [board.to(tl.int64, bitcast=True)], tl.int64, False, 1
+    )
+
+
+@triton.jit(do_not_specialize=["parts"])
+def swiglu_parts_kernel(
+    x,  # [T, 2 C], rows `x_stride` apart
+    plain,
+    codes,
+    scale,
+    total,
+    board,  # int64 [T or more, PARTS]: the number of a launch in the upper half, the largest magnitude in the lower
+    C,
+    x_stride,
+    parts,
+    PLAIN: tl.constexpr,
+    SUM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PARTS: tl.constexpr,  # parts, rounded up to a power of two
+):
+    """`swiglu_kernel` for few rows: CHUNK columns of a row; its programs tell each other their largest magnitudes.
+
+    They wait for each other, so all programs of a launch must fit the card at once. What a program finds in its place
+    tells it the number of the launch: nobody clears the board.
+    """
+    handed_over()
+    part = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    column = part * CHUNK + tl.arange(0, CHUNK)
+    keep = column < C
+    board += row * PARTS
+    launch = (tl.load(board + part) >> 32).to(tl.int32) + 1
+    if SUM and part == 0:
+        tl.store(total + row, 0)  # before the others hear of this part
+    gate = tl.load(x + row * x_stride + column, mask=keep, other=0.0).to(tl.float32)
+    value = gate * reciprocal(1.0 + tl.exp(-gate), True)
+    value = value * tl.load(x + row * x_stride + C + column, mask=keep, other=0.0).to(tl.float32)
+    if PLAIN:
+        tl.store(plain + row * C + column, value.to(plain.dtype.element_ty), mask=keep)
+    most = tl.max(magnitude(value), 0)
+    tl.atomic_xchg(board + part, (launch.to(tl.int64) << 32) | most.to(tl.int64), sem="release")
+    each = tl.arange(0, PARTS)
+    missing = 1
+    while missing > 0:
+        heard = _heard(board + each)
+        missing = tl.max(((each < parts) & ((heard >> 32).to(tl.int32) != launch)).to(tl.int32), 0)
+        most = tl.max(tl.where(each < parts, heard.to(tl.int32), 0), 0)
+    step = _step(most.to(tl.float32, bitcast=True), True)
+    code = nearest(quotient(value, step, True))
+    tl.store(codes + row * C + column, code.to(tl.int8), mask=keep)
+    if part == 0:
+        tl.store(scale + row, step)
+    if SUM:
+        tl.atomic_add(total + row, tl.sum(code, 0), sem="relaxed")
+
+
 def block_of(columns: int) -> tuple[int, int]:
     """Return (columns that a program covers, its warps)."""
     block = max(128, triton.next_power_of_2(columns))
@@ -179,6 +242,19 @@ def chunks_of(columns: int, element_bytes: int) -> tuple[int, int]:
     """Return (columns of a chunk, chunks of a row) of `swiglu_kernel`."""
     chunk = min(max(128, triton.next_power_of_2(columns)), CHUNK_WARPS * 32 * 16 // element_bytes)
     return chunk, triton.cdiv(columns, chunk)
+
+
+PART, PART_WARPS = 2048, 8
+"""Columns of one program of `swiglu_parts_kernel`, and its warps."""
+
+
+@functools.cache
+def _board(parts: int, device: torch.device) -> Tensor:
+    """Return where the programs of a launch meet: one for every number of parts, since all parts of a row count alike.
+
+    Launches follow each other: no two meet there at the same time.
+    """
+    return torch.zeros(processors() * triton.next_power_of_2(parts), dtype=torch.int64, device=device)
 
 
 class _Result:
@@ -276,7 +352,14 @@ def swiglu_triton(product: Tensor, wants: ActFormat, dtype: torch.dtype) -> Act:
     product = _checked(product, columns, "swiglu")
     need(dtype in OUTPUTS, f"swiglu in {dtype} on a GPU: float16, bfloat16 and float32 are there")
     result = _Result(rows, columns, wants, dtype, product.device)
-    if rows:
+    parts = ceil_div(columns, PART)
+    if pdl() and result.int8_wanted and parts > 1 and 0 < rows * parts <= processors():
+        swiglu_parts_kernel[(parts, rows)](
+            product, *result.pointers(product), _board(parts, product.device), columns, product.stride(0), parts,
+            result.plain_wanted, result.sums, PART, triton.next_power_of_2(parts), num_warps=PART_WARPS,
+            enable_fp_fusion=False, launch_pdl=True,
+        )  # fmt: skip
+    elif rows:
         swiglu_kernel[(rows,)](
             product, *result.pointers(product), columns, product.stride(0), result.plain_wanted, result.int8_wanted,
             result.sums, *chunks_of(columns, product.element_size()), not INTERPRETED, pdl(), num_warps=CHUNK_WARPS,

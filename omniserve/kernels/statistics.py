@@ -8,7 +8,8 @@ from torch import Tensor
 from omniserve.base.numbers import ceil_div
 from omniserve.base.types import PAGE
 from omniserve.formats.kv import LOGICAL, LayerPages
-from omniserve.kernels.device import need
+from omniserve.kernels.device import need, pdl
+from omniserve.kernels.handover import handed_over
 
 SCAN = 512
 """Slots that are looked through at once."""
@@ -43,8 +44,11 @@ def statistics_kernel(
     HP: tl.constexpr,  # D / 2, rounded up to a power of two
     BITS: tl.constexpr,
     SCAN: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One token, some key heads: the bounds of its logical page, if it is the last one of this call in it."""
+    if PDL:
+        handed_over()
     HALF: tl.constexpr = D // 2
     token = tl.program_id(0)
     slot = tl.load(slots + token)
@@ -109,12 +113,13 @@ def note(slots: Tensor, store: LayerPages) -> None:
         **constants(store.head_dim, store.format.bits),
         num_warps=warps_of(store.head_dim),
         enable_fp_fusion=False,
+        launch_pdl=pdl(),
     )
 
 
-def constants(head_dim: int, bits: int) -> dict[str, int]:
+def constants(head_dim: int, bits: int) -> dict[str, int | bool]:
     """Return what `statistics_kernel` is compiled for."""
-    return {"D": head_dim, "HP": triton.next_power_of_2(head_dim // 2), "BITS": bits, "SCAN": SCAN}
+    return {"D": head_dim, "HP": triton.next_power_of_2(head_dim // 2), "BITS": bits, "SCAN": SCAN, "PDL": pdl()}
 
 
 def warps_of(head_dim: int) -> int:

@@ -226,7 +226,9 @@ def rope_write_triton(
             spare if getattr(store, of) is None else getattr(store, of).contiguous() for store, _ in (first, last)
         )
 
-    flags = constants(group, head_dim, form.bits, norm=norm, static=form.static, mean=mean, two=len(stores) == 2)
+    flags = constants(
+        group, head_dim, form.bits, norm=norm, static=form.static, mean=mean, two=len(stores) == 2, few=tokens <= FEW
+    )
     rope_write_kernel[(tokens, sum(ceil_div(store.heads, flags["HEADS"]) for store in stores))](
         qkv,
         positions.contiguous(),
@@ -256,10 +258,10 @@ def rope_write_triton(
 
 
 def constants(
-    group: int, head_dim: int, bits: int, *, norm: bool, static: bool, mean: bool, two: bool
+    group: int, head_dim: int, bits: int, *, norm: bool, static: bool, mean: bool, two: bool, few: bool
 ) -> dict[str, int | bool]:
     """Return what `rope_write_kernel` is compiled for."""
-    heads = heads_of(group, head_dim)
+    heads = 1 if few and not norm else heads_of(group, head_dim)  # sums of norms keep their order
     return {
         "G": group, "D": head_dim, "HP": triton.next_power_of_2(head_dim // 2), "HEADS": heads,
         "QUERIES": triton.next_power_of_2(heads * group), "BITS": bits, "NORM": norm, "STATIC": static, "MEAN": mean,
@@ -271,6 +273,9 @@ def heads_of(group: int, head_dim: int) -> int:
     """Return the key heads of one program: as many as fit its registers beside their queries, up to 8."""
     return max(1, min(8, 4096 // (triton.next_power_of_2(group) * triton.next_power_of_2(head_dim))))
 
+
+FEW = 16
+"""Tokens up to which every key head has a program of its own."""
 
 WARPS = 4
 """Warps of one program."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from omniserve.formats.kv import LayerPages
 from omniserve.formats.table import weight_format
+from omniserve.ops.act import ActFormat
 from omniserve.ops.batch import Reading, Rows, Workspace
 from omniserve.ops.dispatch import TABLE, load_kernels
 from omniserve.ops.pages import HeadGroup
@@ -191,6 +192,42 @@ def chunks(device: str) -> int:
     return failed
 
 
+def few(device: str) -> int:
+    """Rows of SwiGLU and of page writes have the same bits among few as among many.
+
+    On a GPU alone: only there have few rows launches of their own.
+    """
+    if device == "cpu":
+        return 0
+    product = torch.randn(40, 2 * 14336, device=device).half()
+    swiglu = next(one for one in TABLE["swiglu"].implementations if one.device == "cuda").function
+    together = tensors(swiglu(product, ActFormat.BOTH_SUM, torch.float16))
+    same = []
+    for at in (slice(0, 1), slice(7, 9), slice(3, 21), slice(39, 40)) * 3:
+        alone = tensors(swiglu(product[at], ActFormat.BOTH_SUM, torch.float16))
+        same.append(all(torch.equal(one, together[name][at]) for name, one in alone.items()))
+    write = next(one for one in TABLE["rope_write"].implementations if one.device == "cuda").function
+    for case, (qkv, positions, slots, stores, rope, heads) in CASES["rope_write"]():
+        args = rebuilt((qkv, positions, slots, stores, rope), lambda t: t.to(device), lambda d: d)
+        qkv, positions, slots, stores, rope = args
+        if stores[0].format.bits == 32 or stores[0].statistics is not None:
+            continue
+        many = [
+            args[0].repeat(9, 1, 1),
+            positions.repeat(9),
+            tuple(torch.cat([one, *[one * 0 - 1] * 8]) for one in slots),
+        ]
+        twice = [rebuilt(stores, torch.clone, lambda d: d) for _ in range(2)]
+        q = write(*many, twice[0], rope, heads)[: qkv.shape[0]]
+        equal = torch.equal(write(qkv, positions, slots, twice[1], rope, heads), q)
+        equal &= all(torch.equal(one.pages, other.pages) for one, other in zip(*twice, strict=True))
+        same.append(equal)
+        if not equal:
+            print(f"FAILED few: {case}", flush=True)
+    print(f"{'ok' if all(same) else 'FAILED'} few", same, flush=True)
+    return int(not all(same))
+
+
 def served(name: str) -> bool:
     return any(one.device == "cuda" for one in TABLE[name].implementations)
 
@@ -202,6 +239,6 @@ if __name__ == "__main__":
         at = chosen.index("--device")
         where = chosen[at + 1]
         del chosen[at : at + 2]
-    wrong = main(chosen, where) + (0 if chosen else tiles(where) + alone(where) + chunks(where))
+    wrong = main(chosen, where) + (0 if chosen else tiles(where) + alone(where) + chunks(where) + few(where))
     wrong += languages() if where == "cuda" and not chosen else 0
     sys.exit(1 if wrong else 0)

@@ -32,12 +32,13 @@ KERNELS = {
     "statistics_kernel",
     "sum_kernel",
     "swiglu_kernel",
+    "swiglu_parts_kernel",
     "top_kernel",
     "weigh_kernel",
     "window_kernel",
 }
 """All kernels: each has at least one launch in the catalogue."""
-HOPPER = {"hopper_kernel", "flash_gluon_kernel"}
+HOPPER = {"hopper_kernel", "flash_gluon_kernel", "swiglu_parts_kernel"}
 """Kernels for compute capability 9.0 alone."""
 
 

@@ -147,6 +147,10 @@ def swiglu() -> Iterator[tuple[str, Args]]:
             product = torch.cat((_rows(m, c, torch.float32), _rows(m, c, torch.float32)), 1).clamp(-200, 200)
             product = product if number % 2 else product.half()
             yield f"{m}x{c} {wants.value} {dtype}", (product, wants, dtype)
+    wide = torch.randn(6, 9000, generator=_generator(6)).half()  # more columns than one program has on a GPU
+    wide[1], wide[2] = 0, wide[2] * 30
+    yield "6x4500", (wide, ActFormat.INT8_SUM, torch.float16)
+    yield "6x4500 both", (wide, ActFormat.BOTH, torch.float16)
 
 
 def _pages(
