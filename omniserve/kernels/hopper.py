@@ -122,8 +122,7 @@ def _fetch(
     WIDE: gl.constexpr = SIDES * BN
     PANELS: gl.constexpr = (WIDE + 127) // 128
     ROWS: gl.constexpr = 132 if GROUPED else 128
-    PARTS: gl.constexpr = 2 if BITS == 4 else 1  # of 128 columns of x
-    BYTES: gl.constexpr = SIDES * w.block_type.nbytes + PARTS * x.block_type.nbytes + (PANELS * 256 if GROUPED else 0)
+    BYTES: gl.constexpr = SIDES * w.block_type.nbytes + x.block_type.nbytes + (PANELS * 256 if GROUPED else 0)
     steps = gl.cdiv(blocks, STEP)
     first, end, shared, whole, segments = _share(tiles, steps, STREAM)
     for again in gl.static_range(2):  # the first weights, which no kernel before this one writes; then everything
@@ -149,7 +148,7 @@ def _fetch(
                         for side in gl.static_range(SIDES):
                             n = tile_n * WIDE + side * BN
                             if BITS == 4:
-                                row = ((n // 128) * blocks + block) * ROWS + n % 128
+                                row = ((n // 128) * blocks + block) * (ROWS // 2) + n % 128 // 2
                                 tma.async_copy_global_to_shared(w, [row, 0], bar, wb.index(slot * SIDES + side))
                             else:
                                 tma.async_copy_global_to_shared(w, [n, block * 128], bar, wb.index(slot * SIDES + side))
@@ -160,10 +159,8 @@ def _fetch(
                                 tma.async_copy_global_to_shared(tail, [place], bar, gb.index(slot * PANELS + panel))
                 if again:
                     for inner in gl.static_range(STEP):
-                        for part in gl.static_range(PARTS):
-                            k = (gl.where(step < last, step, steps) * STEP + inner) * 128 + part * 64  # or zeros
-                            slot = (at * STEP + inner) * PARTS + part
-                            tma.async_copy_global_to_shared(x, [tile_m * BM, k], bar, xb.index(slot))
+                        k = (gl.where(step < last, step, steps) * STEP + inner) * 128  # behind the last one are zeros
+                        tma.async_copy_global_to_shared(x, [tile_m * BM, k], bar, xb.index(at * STEP + inner))
                 turn += 1
 
 
@@ -186,6 +183,9 @@ def _multiply(
     by_token: gl.constexpr = gl.SliceLayout(0, layout)
     WITHIN: gl.constexpr = side * BN % 128
     EARLY: gl.constexpr = BM <= 32  # the epilogue's arguments fit into registers during the loop
+    # Two rows of weights lie in a line of 128 bytes, its pieces of 16 in the order that copies of tiles give them.
+    FIRST: gl.constexpr = [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16], [0, 32], [1, 0], [2, 16], [4, 32], [9, 0], [16, 0]]
+    LINES: gl.constexpr = gl.SharedLinearLayout(FIRST + ([[32, 0]] if BN == 64 else [[32, 0], [64, 0]]), [], 1024)
     program = gl.program_id(0)
     programs = gl.num_programs(0)
     steps = gl.cdiv(blocks, STEP)
@@ -210,7 +210,7 @@ def _multiply(
             for inner in gl.static_range(STEP):
                 slot = at * STEP + inner
                 if BITS == 4:
-                    packed = wb.index(slot * SIDES + side).load(operand)
+                    packed = wb.index(slot * SIDES + side)._reinterpret(gl.int8, [BN, 64], LINES).load(operand)
                     w0 = _low(packed)
                     w1 = _high(packed)
                     if GROUPED:
@@ -220,8 +220,8 @@ def _multiply(
                         o = o * 0x01010101
                         w0 = _second_level(w0, s[:, None], o[:, None])
                         w1 = _second_level(w1, s[:, None], o[:, None])
-                    acc = warpgroup_mma(w0, xb.index(slot * 2).permute((1, 0)), acc, is_async=True)
-                    acc = warpgroup_mma(w1, xb.index(slot * 2 + 1).permute((1, 0)), acc, is_async=True)
+                    acc = warpgroup_mma(w0, xb.index(slot).slice(0, 64, dim=1).permute((1, 0)), acc, is_async=True)
+                    acc = warpgroup_mma(w1, xb.index(slot).slice(64, 64, dim=1).permute((1, 0)), acc, is_async=True)
                 else:
                     held8 = wb.index(slot * SIDES + side)
                     acc = warpgroup_mma(held8, xb.index(slot).permute((1, 0)), acc, is_async=True)
@@ -292,8 +292,8 @@ def _multiply(
 
 @gluon.jit(do_not_specialize=["M", "N", "blocks"])
 def hopper_kernel(
-    x,  # int8 [M, K] in boxes [BM, 64], or [BM, 128] if BITS = 8
-    w,  # blocks as rows of 64 bytes, in boxes [BN, 64]; or int8 [N, K] in boxes [BN, 128]
+    x,  # int8 [M, K] in boxes [BM, 128]
+    w,  # blocks as lines of 128 bytes, two rows of weights, in boxes [BN / 2, 128]; or int8 [N, K] in boxes [BN, 128]
     tail,  # blocks as bytes, in boxes of 256: the groups' parameters, read if GROUPED
     y,  # [M, N] in boxes [BM, BN]
     a,  # fp32 [M]
@@ -321,12 +321,11 @@ def hopper_kernel(
 ):
     """Whole tiles [SIDES * BN, BM] in turn, and a share of those that are left."""
     PANELS: gl.constexpr = (SIDES * BN + 127) // 128
-    PARTS: gl.constexpr = 2 if BITS == 4 else 1
     tiles_n = gl.cdiv(N, SIDES * BN)
     tiles_m = gl.cdiv(M, BM)
     tiles = tiles_n * tiles_m
     wb = gl.allocate_shared_memory(gl.int8, [SIDES * STEP * STAGES] + w.block_type.shape, w.layout)
-    xb = gl.allocate_shared_memory(gl.int8, [PARTS * STEP * STAGES] + x.block_type.shape, x.layout)
+    xb = gl.allocate_shared_memory(gl.int8, [STEP * STAGES] + x.block_type.shape, x.layout)
     yb = gl.allocate_shared_memory(y.dtype, [SIDES] + y.block_type.shape, y.layout)
     gb = wb
     if GROUPED:
@@ -404,16 +403,16 @@ def launch(
         x = x.contiguous()
     bm, (sides, _) = tile.tokens, groups(tile)
     bn = tile.weights // sides
-    wide = 64 if bits == 4 else SIDE
+    lines = bn if bits == 8 else bn // 2
     blocks = ceil_div(k, SIDE)
     tiles = ceil_div(m, bm) * ceil_div(n, tile.weights)
     stream = tile.split > 1 and tiles % sms != 0
     programs = min(sms, tiles * ceil_div(blocks, tile.step)) if stream else min(sms, tiles)
-    flat = w.view(torch.int8) if bits == 8 else w.view(torch.int8).view(-1, 64)
+    flat = w.view(torch.int8) if bits == 8 else w.view(torch.int8).view(-1, SIDE)
     sums = torch.empty(programs * tile.weights * bm, dtype=torch.int32, device=x.device) if stream else total
     hopper_kernel[(programs,)](
-        TensorDescriptor.from_tensor(x, [bm, wide], _layout(bm, wide, gl.int8)),
-        TensorDescriptor.from_tensor(flat, [bn, wide], _layout(bn, wide, gl.int8)),
+        TensorDescriptor.from_tensor(x, [bm, SIDE], _layout(bm, SIDE, gl.int8)),
+        TensorDescriptor.from_tensor(flat, [lines, SIDE], _layout(lines, SIDE, gl.int8)),
         TensorDescriptor.from_tensor(w.view(torch.uint8).view(-1), [256], gl.NVMMASharedLayout(0, 8, rank=1)),
         TensorDescriptor.from_tensor(y, [bm, bn], _layout(bm, bn, ELEMENTS[y.dtype])),
         a, total, scale, zero, bias, sums, _flags(x.device), m, n, blocks,
@@ -453,11 +452,12 @@ def groups(tile: Tile) -> tuple[int, int]:
 
 def boxes(tile: Tile, element: str, *, bits: int) -> dict[str, str]:
     """Return the types of the kernel's copied arguments for a dtype of y, "fp16" or "bf16"."""
-    wide, bm, bn = 64 if bits == 4 else SIDE, tile.tokens, tile.weights // groups(tile)[0]
+    bm, bn = tile.tokens, tile.weights // groups(tile)[0]
+    lines = bn if bits == 8 else bn // 2
     of = {"fp16": gl.float16, "bf16": gl.bfloat16, "fp32": gl.float32}[element]
     return {
-        "x": f"tensordesc<i8[{bm}, {wide}],{_layout(bm, wide, gl.int8)!r}>",
-        "w": f"tensordesc<i8[{bn}, {wide}],{_layout(bn, wide, gl.int8)!r}>",
+        "x": f"tensordesc<i8[{bm}, {SIDE}],{_layout(bm, SIDE, gl.int8)!r}>",
+        "w": f"tensordesc<i8[{lines}, {SIDE}],{_layout(lines, SIDE, gl.int8)!r}>",
         "tail": f"tensordesc<u8[256],{gl.NVMMASharedLayout(0, 8, rank=1)!r}>",
         "y": f"tensordesc<{element}[{bm}, {bn}],{_layout(bm, bn, of)!r}>",
     }

@@ -109,6 +109,18 @@ def tiles(device: str) -> int:
     return failed
 
 
+def replayed(problem: Any, w: Tensor, tile: Any) -> Tensor:
+    """Return the product that a CUDA graph computes when it runs for the second time."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        problem(w, tile)
+        made = problem(w, tile)
+    for _ in range(2):
+        made.fill_(float("nan"))
+        graph.replay()
+    return made
+
+
 def languages() -> int:
     """On a GPU: all tiles that the tuner would try, of both kernels, give the same bits, launch after launch."""
     from omniserve.kernels.device import architecture, processors
@@ -122,6 +134,7 @@ def languages() -> int:
             first, *others = candidates(kind, m, n, k, architecture(), processors())
             expected = problem(w, first)
             wrong = [str(tile) for tile in others * 3 if not torch.equal(problem(w, tile), expected)]
+            wrong += [f"replayed {tile}" for tile in others if not torch.equal(replayed(problem, w, tile), expected)]
             failed += bool(wrong)
             print(f"{'FAILED' if wrong else 'ok'} languages: {kind} {m}x{n}x{k}", *wrong, sep="; ", flush=True)
     return failed
