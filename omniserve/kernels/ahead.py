@@ -33,6 +33,7 @@ class Spec:
     constants  its constexpr arguments
     loose      arguments that are not multiples of 16; all other pointers and integers are
     matrix     pattern of the tensor-core instruction it must use, in PTX; None: it uses none
+    most_registers  cap of a thread's registers, None without one
     longest    SASS instructions that its longest loop with a tensor-core instruction may have
     """
 
@@ -47,6 +48,7 @@ class Spec:
     fusion: bool = True
     matrix: str | None = None
     longest: int = 0
+    most_registers: int | None = None
     first: bool = False
 
 
@@ -79,7 +81,12 @@ def compile_spec(spec: Spec) -> Report:
         constexprs={(names.index(name),): value for name, value in spec.constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in whole},
     )
-    options = {"num_warps": spec.warps, "num_stages": spec.stages, "enable_fp_fusion": spec.fusion}
+    options = {
+        "num_warps": spec.warps,
+        "num_stages": spec.stages,
+        "enable_fp_fusion": spec.fusion,
+        "maxnreg": spec.most_registers,
+    }
     compiled = triton.compile(source, target=GPUTarget("cuda", spec.arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

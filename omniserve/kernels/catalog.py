@@ -12,6 +12,7 @@ from omniserve.base.numbers import ceil_div
 from omniserve.kernels import (
     dense,
     draw,
+    few,
     flash,
     hopper,
     linear,
@@ -44,6 +45,13 @@ GEMM_LOOPS = {
 
 GLUON_LOOPS = {"g128": 200, "row": 115, "w8a8": 60}
 """The same of the kernel for compute capability 9.0, for a block of each group of warps."""
+
+
+FEW_LOOPS = {"g128": 210, "row": 140, "w8a8": 125}
+"""The same of the kernel for few tokens."""
+
+FEW = Tile(16, 64, 2, 4, 4, 4, "few")
+"""A tile of it that cuts K, whatever the tables say."""
 
 
 ATTEND_LOOPS = {4: 1200, 8: 1300, 16: 520}
@@ -96,8 +104,8 @@ def _linear(arch: int) -> Iterator[Spec]:
     for name, bits, grouped, zero in kinds:
         for tokens, n, k in ((16, 4096, 14336), (64, 4096, 14336), (128, 4096, 4096), (2048, 28672, 4096)):
             tile = choose(tokens, n, k, name, arch=arch, sms=SMS[arch])
-            if tile.language == "gluon":
-                yield _gluon(tile, name, tokens, n, k)
+            if tile.language != "triton":
+                yield (_few if tile.language == "few" else _gluon)(tile, name, tokens, n, k)
                 tile = default(tokens, n, k, name, arch=arch, sms=SMS[arch])
             split = tile.split > 1
             yield Spec(
@@ -114,6 +122,8 @@ def _linear(arch: int) -> Iterator[Spec]:
                 longest=GEMM_LOOPS[name][tokens][arch != 90],
                 first=tokens == 64 and (arch == 90 or name == "g128"),
             )
+        if arch == 90:
+            yield _few(FEW, name, 16, 4096, 4096)
     yield Spec(
         name="sum of a split",
         arch=arch,
@@ -148,6 +158,28 @@ def _gluon(tile: Tile, kind: str, tokens: int, n: int, k: int) -> Spec:
         matrix=_int8(90, packed=bits == 4),
         longest=GLUON_LOOPS[kind] * tile.step,
         first=tokens == 2048 and kind == "row",
+    )
+
+
+def _few(tile: Tile, kind: str, tokens: int, n: int, k: int) -> Spec:
+    """Return the launch of a product of few tokens on compute capability 9.0."""
+    bits, grouped = 8 if kind == "w8a8" else 4, kind == "g128"
+    pointers = {"a": "*fp32", "total": "*i32", "scale": "*fp32", "zero": "*fp32", "bias": "*fp32", "sums": "*i32"}
+    return Spec(
+        name=f"few gemm {kind} {tokens}x{n}x{k}",
+        arch=90,
+        kernel=few.few_kernel,
+        types=few.boxes(tile, "bf16", bits=bits)
+        | pointers
+        | {"tickets": "*i32", "M": "i32", "N": "i32", "blocks": "i32"},
+        constants=few.constants(tile, bits=bits, grouped=grouped, zero=kind == "row", bias=False),
+        warps=tile.warps,
+        loose=("M", "N", "blocks"),
+        fusion=False,
+        matrix=_int8(90, packed=bits == 4),
+        longest=FEW_LOOPS[kind] * tile.step,
+        most_registers=few.registers(tile),
+        first=kind == "row" and tile == FEW,
     )
 
 

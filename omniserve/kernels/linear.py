@@ -21,7 +21,7 @@ from omniserve.kernels.device import GLUON, INTERPRETED, OUTPUTS, architecture, 
 from omniserve.kernels.tiles import Tile, choose, default
 
 if triton.__version__ in GLUON:
-    from omniserve.kernels import hopper
+    from omniserve.kernels import few, hopper
 
 LONGEST = 2**31 // (128 * 128)
 """Columns whose sums of int8 products stay inside int32."""
@@ -277,12 +277,15 @@ def product(
     grouped = bits == 4 and w.shape[2] == BLOCK_BYTES
     kind = "w8a8" if bits == 8 else "g128" if grouped else "row"
     tile = tile or choose(m, n, k, kind, arch=architecture(), sms=processors())
-    if tile.language == "gluon":
+    if tile.language != "triton":
         if triton.__version__ in GLUON and not INTERPRETED and hopper.serves(k, n, dtype):
-            hopper.launch(
-                x, av, tv, w, sv, zv, bv, y, tile,
-                bits=bits, grouped=grouped, has_zero=zero is not None, has_bias=bias is not None, sms=processors(),
-            )  # fmt: skip
+            flags = {
+                "bits": bits, "grouped": grouped, "has_zero": zero is not None, "has_bias": bias is not None,
+            }  # fmt: skip
+            if tile.language == "few":
+                few.launch(x, av, tv, w, sv, zv, bv, y, tile, **flags)
+            else:
+                hopper.launch(x, av, tv, w, sv, zv, bv, y, tile, **flags, sms=processors())
             return y
         tile = default(m, n, k, kind, arch=architecture(), sms=processors())
     flags = constants(

@@ -27,8 +27,9 @@ KINDS = ("row", "g128", "w8a8")
 class Tile:
     """How one product is cut: BM tokens by BN weights, `step` blocks of 128 columns per turn of the loop.
 
-    split     parts of K that are added up afterwards; gluon: above 1, tiles that do not fill the grid are shared
-    language  "triton", or "gluon" (compute capability 9.0, tested versions of Triton)
+    split     parts of K that are added up afterwards; "gluon": above 1, tiles that do not fill the grid are shared
+    language  "triton"; on compute capability 9.0, under tested versions of Triton, "gluon" (`hopper.py`) or "few"
+              (`few.py`)
     order     tiles of tokens that follow each other on one panel of weights
     """
 
@@ -99,7 +100,7 @@ def nearest(entries: Sequence[Entry], tokens: int, rows: int, columns: int) -> E
 
 def fitting(tile: Tile, columns: int) -> Tile:
     """Return a tile whose turns and parts fit a number of columns."""
-    if tile.language == "gluon":
+    if tile.language != "triton":
         return tile
     blocks = ceil_div(columns, SIDE)
     tile = replace(tile, split=min(tile.split, blocks))

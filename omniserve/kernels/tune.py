@@ -38,11 +38,14 @@ SHAPES = (
 HEADS = ((128256, 4096), (32000, 4096), (32000, 5120))
 """Output heads, which are held in 8 bits."""
 
-TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
 """Numbers of tokens that have a row."""
 
 GAIN = 0.98
 """A new tile replaces a row's if it takes at most this share of the time that the row's takes in the same run."""
+
+LIGHT = 112 * 1024
+"""Bytes of shared memory of a program that leaves room for another."""
 
 COLD = 150e6
 """Bytes of weights that a measurement passes over, so that none is in the L2 cache."""
@@ -54,6 +57,7 @@ def candidates(kind: str, tokens: int, rows: int, columns: int, arch: int, sms: 
     if arch != 90:
         yield from _triton(tokens, columns, kind)
         return
+    yield from _few(kind, tokens, rows, columns, sms)
     for tile in _gluon(kind, tokens):
         yield tile
         tiles = ceil_div(tokens, tile.tokens) * ceil_div(rows, tile.weights)
@@ -61,21 +65,46 @@ def candidates(kind: str, tokens: int, rows: int, columns: int, arch: int, sms: 
             yield replace(tile, split=2)
 
 
+def _few(kind: str, tokens: int, rows: int, columns: int, sms: int) -> Iterator[Tile]:
+    """Yield tiles of the kernel for few tokens: parts of K that give each multiprocessor one to four programs."""
+    if tokens > 256:
+        return
+    sizes = {
+        16: ((64, 2, 4, 4), (64, 2, 4, 6), (64, 4, 4, 4), (128, 2, 8, 5), (64, 1, 4, 8)),
+        32: ((64, 2, 4, 6), (64, 4, 4, 3), (128, 1, 8, 8), (128, 2, 8, 4), (64, 1, 4, 6)),
+        64: ((64, 2, 4, 4), (64, 1, 4, 4), (128, 2, 8, 3), (128, 1, 8, 5)),
+        128: ((64, 1, 4, 4), (128, 1, 8, 4)),
+    }
+    bm = next((one for one in (8, 16, 32, 64) if tokens <= one), 128)
+    for most in (bm,) if bm <= 32 else (bm, bm // 2):
+        for wide, step, warps, stages in sizes[max(most, 16)]:
+            stage = step * (wide * (SIDE if kind == "w8a8" else SIDE // 2) + most * SIDE + 256 * (kind == "g128"))
+            tiles = ceil_div(tokens, most) * ceil_div(rows, wide)
+            for split in (1, 2, 3, 4, 6, 8) if most <= 32 else (1, 2, 3, 4):
+                fills = split == 1 or 0.65 * sms <= tiles * split <= 4 * sms
+                if fills and stage * stages <= LIGHT and ceil_div(columns, SIDE) >= 4 * split:
+                    yield Tile(most, wide, step, warps, stages, split, "few")
+
+
 def _gluon(kind: str, tokens: int) -> Iterator[Tile]:
     """Yield tiles of the kernel for 9.0: two or four groups of warps, as many stages as shared memory holds."""
-    few = {"w8a8": ((16, 64, 2, 17, 8), (16, 128, 1, 9, 9), (16, 128, 2, 17, 4))}.get(
-        kind, ((16, 64, 2, 17, 16), (16, 64, 4, 17, 8), (16, 128, 2, 17, 8), (16, 256, 1, 17, 9))
+    bm = 8 if tokens <= 8 else 16
+    few = {"w8a8": ((bm, 64, 2, 17, 8), (bm, 128, 1, 9, 9), (bm, 128, 2, 17, 4))}.get(
+        kind, ((bm, 64, 2, 9, 12), (bm, 64, 4, 17, 8), (bm, 128, 2, 17, 8), (bm, 256, 1, 9, 9))
     )
-    some = (64, 64, 1, 17, 12), (64, 128, 1, 17, 10), (64, 256, 1, 17, 7), (32, 128, 2, 17, 8), (64, 128, 1, 9, 10)
+    some = (
+        (64, 64, 1, 17, 16), (64, 128, 1, 17, 10), (64, 256, 1, 17, 7), (64, 256, 1, 9, 7), (32, 128, 2, 17, 8),
+        (32, 64, 2, 17, 12), (32, 64, 4, 17, 6),
+    )  # fmt: skip
     many = (128, 64, 1, 9, 8), (128, 128, 1, 9, 6), (128, 256, 1, 9, 4), (256, 128, 1, 9, 4), (128, 256, 1, 17, 4)
     if tokens <= 16:
         sizes = few
     elif tokens <= 32:
-        sizes = ((32, 64, 2, 17, 8), (32, 128, 2, 17, 8), (32, 256, 1, 17, 9))
+        sizes = ((32, 64, 2, 17, 12), (16, 64, 4, 17, 8), (32, 128, 2, 17, 8), (32, 256, 1, 17, 9), (32, 256, 1, 9, 8))
     elif tokens <= 64:
         sizes = some
     else:
-        sizes = (*some, *many) if tokens <= 256 else many
+        sizes = (*some[:4], *many) if tokens <= 256 else many
     for bm, wide, step, warps, stages in sizes:
         for order in (8,) if tokens < 8192 else (4, 8, 16):
             yield Tile(bm, wide, step, warps, stages, language="gluon", order=order)

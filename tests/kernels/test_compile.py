@@ -16,6 +16,7 @@ KERNELS = {
     "dense_kernel",
     "draw_kernel",
     "cut_kernel",
+    "few_kernel",
     "flash_gluon_kernel",
     "flash_kernel",
     "gather_kernel",
@@ -38,7 +39,7 @@ KERNELS = {
     "window_kernel",
 }
 """All kernels: each has at least one launch in the catalogue."""
-HOPPER = {"hopper_kernel", "flash_gluon_kernel", "swiglu_parts_kernel"}
+HOPPER = {"few_kernel", "hopper_kernel", "flash_gluon_kernel", "swiglu_parts_kernel"}
 """Kernels for compute capability 9.0 alone."""
 
 

@@ -36,7 +36,7 @@ def test_every_choice_fits_its_product(arch: int, kind: str) -> None:
         for tokens in (1, 3, 16, 33, 100, 1000, 8192):
             tile = choose(tokens, n, k, kind, arch=arch, sms=132)
             blocks = ceil_div(k, 128)
-            if tile.language == "gluon":  # shares units, not parts of K
+            if tile.language != "triton":  # shares units, or takes parts of any length, none among them
                 assert arch == 90
                 continue
             assert 1 <= tile.split <= blocks
