@@ -10,11 +10,13 @@ import triton
 
 from omniserve.base.numbers import ceil_div
 from omniserve.kernels import (
+    choice,
     dense,
     draw,
     few,
     flash,
     hopper,
+    keep,
     linear,
     lists,
     pick,
@@ -422,11 +424,22 @@ def _attention(arch: int) -> Iterator[Spec]:
 def _selection(arch: int) -> Iterator[Spec]:
     lists = {
         "table": "*i32", "slots": "*i64", "prompts": "*i64", "seq_len": "*i32", "memo": "*i32", "scores": "*fp32",
-        "ids": "*i32", "index": "*i32", "count": "*i32", "kv_heads": "i32", "table_stride": "i32", "interval": "i32",
-        "budget": "i32", "pages": "i32",
+        "beside": "*fp32", "ids": "*i32", "index": "*i32", "count": "*i32", "kv_heads": "i32", "table_stride": "i32",
+        "memo_stride": "i32", "interval": "i32", "budget": "i32", "pages": "i32", "units": "i32",
     }  # fmt: skip
     loose = ("slots", "prompts", "seq_len", "count", "ids", "index", "memo", "rows", "kv_heads", "table_stride",
-             "interval", "budget", "pages")  # fmt: skip
+             "memo_stride", "interval", "budget", "pages", "units")  # fmt: skip
+    unused = ("scores", "beside", "kv_heads", "pages", "units")
+    yield Spec(
+        name="lists of all layers",
+        arch=arch,
+        kernel=keep.keep_kernel,
+        types={name: kind for name, kind in lists.items() if name not in unused} | {"list_stride": "i32"},
+        constants=keep.keep_constants(64),
+        warps=1,
+        loose=(*(name for name in loose if name not in (*unused, "rows")), "list_stride"),
+        first=arch == 90,
+    )
     for group, head_dim, pages in ((4, 128, 4096), (3, 64, 128), (8, 256, 16384)):
         first = arch == 90 and head_dim == 128
         yield Spec(
@@ -434,9 +447,8 @@ def _selection(arch: int) -> Iterator[Spec]:
             arch=arch,
             kernel=select.score_kernel,
             types={"q": "*bf16", "statistics": "*fp16", "q_stride": "i32", **lists},
-            constants=select.score_constants(group, head_dim, 64),
+            constants=select.score_constants(group, head_dim, 64) | {"PDL": arch == 90},
             warps=select.SCORE_WARPS,
-            stages=select.SCORE_STAGES,
             loose=loose,
             matrix=r"mma\S*\.f32\.f16",
             longest=SCORE_LOOPS[head_dim],
@@ -448,26 +460,25 @@ def _selection(arch: int) -> Iterator[Spec]:
                 arch=arch,
                 kernel=select.key_score_kernel,
                 types={
-                    "q": "*bf16", "codes": "*bf16" if bits == 16 else "*u8", "scales": "*fp16", "q_stride": "i32",
+                    "q": "*fp16", "codes": "*fp16" if bits == 16 else "*u8", "scales": "*fp16", "q_stride": "i32",
                     **lists,
                 },
-                constants=select.key_constants(group, head_dim, 64, bits),
-                warps=select.key_warps(head_dim, bits),
-                stages=select.key_stages(bits),
+                constants=select.key_constants(group, head_dim, 64, bits) | {"PDL": arch == 90},
+                warps=select.key_warps(head_dim),
                 loose=loose,
                 matrix=r"mma\S*\.f32\.(f16|bf16)",
                 longest=KEY_LOOPS[bits],
                 first=first and bits == 4,
             )  # fmt: skip
         for apart in (0, group):
-            narrow = select.choose_constants(pages, 64, apart)
+            narrow = choice.choose_constants(pages, 64, apart)
             yield Spec(
                 name=f"choice of {pages} pages by {'keys' if apart else 'bounds'}",
                 arch=arch,
-                kernel=select.choose_kernel,
+                kernel=choice.choose_kernel,
                 types={**lists, "rows": "i32", "scale": "fp32"},
-                constants=narrow,
-                warps=select.warps_of(narrow),
+                constants=narrow | {"PDL": arch == 90},
+                warps=choice.choose_warps(narrow),
                 loose=loose,
                 first=first and not apart,
             )

@@ -89,6 +89,24 @@ def signed_codes(packed, HIGH: tl.constexpr, BITS: tl.constexpr, ASM: tl.constex
 
 
 @triton.jit
+def tiny_codes(packed, HIGH: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+    """Return bytes, or one of their nibbles, as fp16 times 2^-24 (high ones 2^-20): a code's bits are the number's."""
+    if ASM:
+        mask: tl.constexpr = "0xffffffff" if BITS == 8 else "0xf0f0f0f0" if HIGH else "0x0f0f0f0f"
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t, z; mov.b32 z, 0; and.b32 t, $2, " + mask + "; prmt.b32 $0, t, z, 0x4140; "
+            "prmt.b32 $1, t, z, 0x4342; }",
+            "=r,=r,r", [packed], dtype=tl.float16, is_pure=True, pack=4,
+        )  # fmt: skip
+    elif BITS == 8:
+        return (packed.to(tl.float32) * 2.0**-24).to(tl.float16)
+    elif HIGH:
+        return ((packed >> 4).to(tl.float32) * 2.0**-20).to(tl.float16)
+    else:
+        return ((packed & 15).to(tl.float32) * 2.0**-24).to(tl.float16)
+
+
+@triton.jit
 def small_codes(words, BYTE: tl.constexpr, HIGH: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
     """Return one code of each word as fp16: low or high nibble of one byte, or the byte, times 2^-24 (2^-20 if high).
 

@@ -1,4 +1,4 @@
-"""Choosing pages: `select_pages` for produced positions; `score_tiles`, `top_pages` for tiles of prompts.
+"""Choosing pages: `select_pages`, `keep_pages` for produced positions; `score_tiles`, `top_pages` for prompts' tiles.
 
 The score of a page is the largest share of attention that one of its keys draws from a query; or a bound of its
 products by statistics: smallest and largest key of each logical page, dim by dim, bound them without reading a key.
@@ -70,15 +70,31 @@ def select_pages(
         following = (due + interval).clamp(max=rows - 1)
         last = (due + interval >= rows) | (slots[following] != slots[due])
         memo[slots[due[last]]] = fresh[last]
-    newest, newest_then = position // PAGE, chosen_at // PAGE
-    kept = (newest_then + 1).clamp(max=budget)
+    return _with_newest(table[slots], chosen, position // PAGE, chosen_at // PAGE)
+
+
+@operation
+def keep_pages(table: Tensor, slots: Tensor, prompts: Tensor, seq_len: Tensor, memo: Tensor, interval: int) -> Chosen:
+    """Pages that rows read none of which chooses: those that their requests chose last, and the one begun since.
+
+    memo    int32 [slots, N, P]: what each slot's request chose last, of the heads of all layers side by side
+    The others as in `select_pages`, and so is the result, for N heads. A row that does choose gets any numbers.
+    """
+    position = seq_len.long() - 1
+    chosen_at = position - (position - prompts) % interval
+    return _with_newest(table[slots], memo[slots], position // PAGE, chosen_at // PAGE)
+
+
+def _with_newest(table: Tensor, chosen: Tensor, newest: Tensor, newest_then: Tensor) -> Chosen:
+    """Return lists of chosen pages [R, H, P] with the newest page, int64 [R], behind them if it is another by now."""
+    kept = (newest_then + 1).clamp(max=chosen.shape[2])
     # One place more than the memo has, for the page that began since: it follows the chosen ones.
     index = torch.nn.functional.pad(chosen, (0, 1))
-    places = torch.arange(budget + 1, device=q.device)
+    places = torch.arange(index.shape[2], device=table.device)
     behind = torch.where(newest > newest_then, newest, 0)[:, None] * (places == kept[:, None])
     index = torch.where((places < kept[:, None])[:, None], index, behind[:, None]).to(torch.int32)
     count = (kept + (newest > newest_then)).to(torch.int32)
-    return listed(table[slots], index), index, count
+    return listed(table, index), index, count
 
 
 def listed(table: Tensor, index: Tensor) -> Tensor:

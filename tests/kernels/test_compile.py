@@ -22,6 +22,7 @@ KERNELS = {
     "gather_kernel",
     "gemm_kernel",
     "hopper_kernel",
+    "keep_kernel",
     "key_score_kernel",
     "maxima_kernel",
     "parts_kernel",

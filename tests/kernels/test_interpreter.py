@@ -7,7 +7,7 @@ from tests.parity.cases import CASES
 
 SERVED = (
     "add_norm", "attend", "cut_rows", "draw_narrow", "draw_whole", "gemm_w16a16", "gemm_w4a8_blocks", "gemm_w8a8",
-    "greedy", "likeliest", "produced", "quantize", "rope_write", "select_pages", "swiglu", "window_pages",
+    "greedy", "keep_pages", "likeliest", "produced", "quantize", "rope_write", "select_pages", "swiglu", "window_pages",
 )  # fmt: skip
 """Operations that have a kernel."""
 

@@ -440,6 +440,23 @@ def select_pages() -> Iterator[tuple[str, Args]]:
             )
 
 
+def keep_pages() -> Iterator[tuple[str, Args]]:
+    """Rows below, at and above the budget, some with a page that began since."""
+    for number, (budget, interval, heads) in enumerate(((2, 4, 3), (7, 3, 1), (64, 64, 12), (5, 2, 8))):
+        pages, draw = 37, _generator(number)
+        asks = [(1, 100, 101), (0, 64 * 3 - 1, 64 * 3), (3, 2000, 2049), (6, 2, 3)]
+        asks += [(slot, 64 * budget - 2, 64 * budget + late) for slot, late in ((4, -1), (5, 0), (2, 1))]
+        slots, prompts, positions = (torch.tensor(column) for column in zip(*asks, strict=True))
+        positions = positions.clamp(max=64 * pages - 1)
+        prompts = torch.where((positions - prompts) % interval == 0, prompts - 1, prompts)
+        table = torch.randperm(7 * pages, generator=draw).to(torch.int32).view(7, pages)
+        memo = torch.randint(0, 20, (7, heads, budget), generator=draw).sort(2).values.to(torch.int32)
+        yield (
+            f"{budget} pages every {interval}, {heads} heads",
+            (table, slots, prompts, (positions + 1).int(), memo, interval),
+        )
+
+
 def _with_bounds(pages: int, heads: int, dim: int, draw: torch.Generator) -> LayerPages:
     """Pages whose statistics are small whole numbers; some are infinite."""
     form = kv_format("kv4")
@@ -535,5 +552,6 @@ CASES: dict[str, Callable[[], Iterator[tuple[str, Args]]]] = {
     "cut_rows": cut_rows,
     "produced": produced,
     "window_pages": window_pages,
+    "keep_pages": keep_pages,
     "select_pages": select_pages,
 }
