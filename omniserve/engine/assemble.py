@@ -15,6 +15,9 @@ from omniserve.ops.pages import cut_rows
 from omniserve.ops.transfer import sent
 from omniserve.sparsity.policy import Policy
 
+KEEPING = 16
+"""Rows, at most, of steps that are told from others because no row chooses pages: of more, one nearly always does."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assembled:
@@ -34,7 +37,7 @@ class Assembler:
     One slot more than there are requests, `idle`, has no pages: what its rows write goes nowhere.
 
     tables      per kind int32 [slots + 1, max_pages], column = logical page
-    memos       what the policy remembers, by layer and slot
+    memo        what the policy remembers, by slot
     last_token  int64 [slots + 1]: the token that a slot's request drew last
     """
 
@@ -43,7 +46,7 @@ class Assembler:
         self.idle = slots
         shape = (slots + 1, pages)
         self.tables = tuple(torch.full(shape, -1, dtype=torch.int32, device=device) for _ in policy.heads)
-        self.memos = policy.memos(slots=slots + 1, pages=pages, device=device)
+        self.memo = policy.memo(slots=slots + 1, pages=pages, device=device)
         self._policy = policy
         self.last_token = torch.zeros(slots + 1, dtype=torch.int64, device=device)
         self._device = device
@@ -54,10 +57,21 @@ class Assembler:
         for table, moved in zip(self.tables, moves, strict=True):
             self._move(table, moved)
 
-    def decode(self, slots: Tensor, positions: Tensor, prompts: Tensor, work: Workspace) -> Batch:
+    def keeps(self, positions: Sequence[int], prompts: Sequence[int]) -> bool:
+        """Whether heads that choose pages keep what they chose at all of these positions; no if these are too many.
+
+        positions  produced ones; prompts: prompt lengths of their requests
+        """
+        interval = self._policy.interval
+        if interval is None or not 0 < len(positions) <= KEEPING:
+            return False
+        return all((position - prompt) % interval for position, prompt in zip(positions, prompts, strict=True))
+
+    def decode(self, slots: Tensor, positions: Tensor, prompts: Tensor, work: Workspace, *, keeps: bool) -> Batch:
         """Return the batch of R produced positions, each with the token that its slot's request drew last.
 
         slots, positions, prompts int64 [R], on the device. The host looks at nothing: the work can be captured.
+        keeps  as the method says of these positions
         """
         tokens, seq_len, pages, places = produced(self.last_token, positions, slots, self.tables)
         rows = Rows(
@@ -67,7 +81,7 @@ class Assembler:
             longest=self.tables[0].shape[1] * PAGE,
             cuts=cut_rows(pages),
         )
-        return self._batch(tokens, positions, places, slots, prompts, rows, work)
+        return self._batch(tokens, positions, places, slots, prompts, rows, work, keeps=keeps)
 
     def _counting(self, count: int) -> Tensor:
         """Return 0, 1, 2, ... as int32 [count]."""
@@ -112,7 +126,8 @@ class Assembler:
         page, offset = positions // PAGE, positions % PAGE
         # A place below 0 is skipped: the slot has no page there.
         places = tuple(table[owners, page].long() * PAGE + offset for table in self.tables)
-        batch = self._batch(tokens, positions, places, slots, prompts, rows, work)
+        keeps = self.keeps([length - 1 for length in plan.seq_len[:singles]], plan.prompts[:singles])
+        batch = self._batch(tokens, positions, places, slots, prompts, rows, work, keeps=keeps)
         spans = [sorted(plan.spans[number], key=lambda run: run[0]) for number in range(len(step.works))]
         return Assembled(
             batch=batch,
@@ -122,9 +137,10 @@ class Assembler:
 
     def _batch(
         self, tokens: Tensor, positions: Tensor, places: tuple[Tensor, ...], slots: Tensor, prompts: Tensor, rows: Rows,
-        work: Workspace,
+        work: Workspace, *, keeps: bool,
     ) -> Batch:  # fmt: skip
         """Return the batch of tokens at positions, int64 [T], written to places [T], of requests with slots [R]."""
+        memo = self.memo
         return Batch(
             tokens=tokens,
             positions=positions,
@@ -133,7 +149,8 @@ class Assembler:
             prompts=prompts,
             tables=self.tables,
             windows=self._policy.windows(self.tables, slots, rows),
-            memos=self.memos,
+            memo=memo,
+            kept=self._policy.kept(self.tables, slots, prompts, rows, memo) if keeps and memo is not None else None,
             rows=rows,
             work=work,
         )

@@ -1,6 +1,7 @@
 """Decode steps as CUDA graphs: captured for a few numbers of rows, replayed for any requests and lengths."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,16 +35,23 @@ class DecodeGraphs:
 
     step  from numbers on the device to logits [R, V], without a look from the host
     idle  slot, position and prompt length of a row that only pads
+    beside  others that never run at the same time: the memory of both is one
     """
 
     def __init__(
-        self, step: Callable[[Numbers], Tensor], idle: tuple[int, int, int], *, most: int, device: torch.device
+        self,
+        step: Callable[[Numbers], Tensor],
+        idle: tuple[int, int, int],
+        *,
+        most: int,
+        device: torch.device,
+        beside: "DecodeGraphs | None" = None,
     ) -> None:
         self._idle = idle
         self._device = device
         self._sizes = sizes(most)
+        self.pool: Any = torch.cuda.graph_pool_handle() if beside is None else beside.pool
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Numbers]] = {}
-        pool = None
         for size in reversed(self._sizes):  # the largest first: the others find their memory in its pool
             lists = [[one] * size for one in idle]
             places = staged(lists, device).to(device)
@@ -51,9 +59,8 @@ class DecodeGraphs:
             step(numbers)  # kernels are compiled before the capture
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=self.pool):
                 made = step(numbers)
-            pool = graph.pool()
             # Nobody holds the logits: graphs captured later take their place, since one step is read before the next.
             logits = torch.as_tensor(_Lent(made))
             del made

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from omniserve.base.types import Admission, Fault, Step, StepResult, TokenLogprobs, Work
-from omniserve.engine.assemble import Assembled, Assembler
+from omniserve.engine.assemble import KEEPING, Assembled, Assembler
 from omniserve.engine.grammar import Matchers, Taking
 from omniserve.engine.graphs import DecodeGraphs, Numbers
 from omniserve.models.decoder import Decoder, LayerStores
@@ -135,6 +135,7 @@ class Runner:
         self._device = device
         self._max_len = max_len
         self._graphs: DecodeGraphs | None = None
+        self._keeping: DecodeGraphs | None = None
 
     @torch.inference_mode()
     def run(self, step: Step) -> Drawn:
@@ -171,20 +172,28 @@ class Runner:
                 warm(model.logits(hidden[:idle]))
             del hidden
         if graphs:
-            self._graphs = DecodeGraphs(self._produce, (idle, 0, 0), most=idle, device=self._device)
+            row, few = (idle, 0, 0), min(idle, KEEPING)
+            self._graphs = DecodeGraphs(self._produce, row, most=idle, device=self._device)
+            if self.assembler.keeps([1], [0]):
+                self._keeping = DecodeGraphs(self._keep, row, most=few, device=self._device, beside=self._graphs)
 
     def _decode(self, works: Sequence[Work]) -> tuple[Tensor, Tensor]:
         """Return the logits [R, V] of works of one produced position each, and their slots on the device."""
         lists = [work.slot for work in works], [work.start for work in works], [work.prompt for work in works]
-        if self._graphs is not None and len(works) <= self._graphs.most:
-            return self._graphs.run(lists)
+        keeps = self.assembler.keeps(*lists[1:])
+        graphs = self._keeping if keeps else self._graphs
+        if graphs is not None and len(works) <= graphs.most:
+            return graphs.run(lists)
         slots, positions, prompts = sent(lists, self._device)
-        return self._produce((slots, positions, prompts)), slots
+        return (self._keep if keeps else self._produce)((slots, positions, prompts)), slots
 
     def _produce(self, numbers: Numbers) -> Tensor:
         """Return the logits of rows that read the last tokens of their slots; nothing in it looks from the host."""
-        batch = self.assembler.decode(*numbers, self._work)
-        return self.model.produce(batch, self.stores)
+        return self.model.produce(self.assembler.decode(*numbers, self._work, keeps=False), self.stores)
+
+    def _keep(self, numbers: Numbers) -> Tensor:
+        """Do the same for rows none of which chooses pages: nothing in it scores any."""
+        return self.model.produce(self.assembler.decode(*numbers, self._work, keeps=True), self.stores)
 
     def _admit(self, slot: int, admission: Admission) -> None:
         self._sampling.set(slot, admission)

@@ -98,8 +98,10 @@ class Batch:
     slots        int64 [R]: request slot of each row; prompts int64 [R]: prompt length of its request
     tables       per kind int32 [slots, max_pages]: physical page by request slot and logical page
     windows      per kind what its heads read alike in all layers: lists that lengths alone decide, made once per step
-    memos        per layer int32 [slots, H, P]: logical pages that each slot's request chose at its last refresh;
-                 empty without selection
+    memo         int32 [slots, N, P]: logical pages that each slot's request chose at its last refresh, for the N
+                 heads of all layers that choose; None without selection
+    kept         what rows of produced positions read if none of them chooses, made once per step: lists of these N
+                 heads; None: `select_pages` makes them, layer by layer
     """
 
     tokens: Tensor
@@ -109,6 +111,7 @@ class Batch:
     prompts: Tensor
     tables: tuple[Tensor, ...]
     windows: tuple[tuple[Reading, ...], ...]
-    memos: tuple[Tensor, ...]
+    memo: Tensor | None
+    kept: PageList | None
     rows: Rows
     work: Workspace

@@ -12,7 +12,7 @@ from omniserve.base.numbers import ceil_div
 from omniserve.base.spec import ModelSpec
 from omniserve.base.types import PAGE, Kind
 from omniserve.cache.keep import KeepRule
-from omniserve.ops.batch import Batch, Reading, Rows, Visible
+from omniserve.ops.batch import Batch, PageList, Reading, Rows, Visible
 from omniserve.ops.lists import window_pages
 from omniserve.ops.pages import HeadGroup, PageStore
 from omniserve.sparsity.heads import HeadSplit
@@ -46,8 +46,17 @@ class Policy(Protocol):
     def tiles_from(self) -> int | None:
         """First prompt position whose queries choose their pages by tiles; None if there is none."""
 
-    def memos(self, *, slots: int, pages: int, device: torch.device) -> tuple[Tensor, ...]:
-        """Return what outlives a step on the device, per layer by request slot (`Batch.memos`)."""
+    @property
+    def interval(self) -> int | None:
+        """Heads choose pages at produced positions `prompt + n * interval`, and keep them between; None: none do."""
+
+    def memo(self, *, slots: int, pages: int, device: torch.device) -> Tensor | None:
+        """Return what outlives a step on the device, by request slot (`Batch.memo`)."""
+
+    def kept(
+        self, tables: Sequence[Tensor], slots: Tensor, prompts: Tensor, rows: Rows, memo: Tensor
+    ) -> PageList | None:
+        """Return what heads that choose read in a step at none of whose produced positions they do (`Batch.kept`)."""
 
     def windows(self, tables: Sequence[Tensor], slots: Tensor, rows: Rows) -> tuple[tuple[Reading, ...], ...]:
         """Return per kind what is the same for all layers of a step (`Batch.windows`).
@@ -66,6 +75,7 @@ class Dense:
     statistics: frozenset[Kind] = frozenset()
     by_position = False
     tiles_from: int | None = None
+    interval: int | None = None
 
     def __init__(self, spec: ModelSpec) -> None:
         self.heads = {Kind.RETRIEVAL: (spec.kv_heads,) * spec.layers}
@@ -73,9 +83,15 @@ class Dense:
         self._heads = slice(0, spec.heads)
         self._visible = [Visible(local=window) for window in spec.windows or (None,) * spec.layers]
 
-    def memos(self, *, slots: int, pages: int, device: torch.device) -> tuple[Tensor, ...]:
+    def memo(self, *, slots: int, pages: int, device: torch.device) -> Tensor | None:
         """Return nothing: a dense model remembers nothing beside its pages."""
-        return ()
+        return None
+
+    def kept(
+        self, tables: Sequence[Tensor], slots: Tensor, prompts: Tensor, rows: Rows, memo: Tensor
+    ) -> PageList | None:
+        """Return nothing: a dense model chooses nothing."""
+        return None
 
     def windows(self, tables: Sequence[Tensor], slots: Tensor, rows: Rows) -> tuple[tuple[Reading, ...], ...]:
         """Return all pages of every row: the device table itself, by request slot."""
@@ -107,14 +123,20 @@ class Sparse:
         self._spec = spec
         self._kinds = tuple(self.heads)
         self._sparsity = sparsity
-        self._selector = PageSelector(sparsity, spec.head_dim**-0.5)
+        self._selector = PageSelector(sparsity, spec.head_dim**-0.5, self.heads.get(Kind.RETRIEVAL, ()))
+        self.interval = self._selector.interval
         places = (split.rows(layer, spec.group) for layer in range(spec.layers))
         self._places = [None if rows is None else torch.tensor(rows, device=device) for rows in places]
 
-    def memos(self, *, slots: int, pages: int, device: torch.device) -> tuple[Tensor, ...]:
-        """Return per layer int32 [slots, H, P]: the pages that a slot's request chose last."""
-        counts = self.heads.get(Kind.RETRIEVAL, ())
-        return tuple(self._selector.memo(slots=slots, heads=heads, pages=pages, device=device) for heads in counts)
+    def memo(self, *, slots: int, pages: int, device: torch.device) -> Tensor | None:
+        """Return int32 [slots, N, P]: what a slot's request chose last, for the N retrieval heads of all layers."""
+        return self._selector.memo(slots=slots, pages=pages, device=device)
+
+    def kept(
+        self, tables: Sequence[Tensor], slots: Tensor, prompts: Tensor, rows: Rows, memo: Tensor
+    ) -> PageList | None:
+        """Return the lists of the retrieval heads of all layers."""
+        return self._selector.kept(tables[self._kinds.index(Kind.RETRIEVAL)], slots, prompts, rows, memo)
 
     def windows(self, tables: Sequence[Tensor], slots: Tensor, rows: Rows) -> tuple[tuple[Reading, ...], ...]:
         """Return all pages of rows that choose none, and those of sinks and windows for streaming heads."""

@@ -2,12 +2,17 @@
 
 The rule belongs to the position. A produced position p of a prompt of n tokens reads the pages chosen at its refresh
 position r = p - (p - n) % interval, and the page that began since, if one did. What outlives a step, the choice of each
-slot's request, lies in `Batch.memos`; the first produced position refreshes, so nothing of an earlier request is read.
+slot's request, lies in `Batch.memo`; the first produced position refreshes, so nothing of an earlier request is read.
+Where a step has no refresh, which the host can tell, lists of all layers are made at once.
 
 Whatever chooses: the first page (sink) and the newest (a tile's own pages) are always in the list, inside the budget,
 and lists are in ascending order. Pages the scorer ranks are complete by the refresh position, so tokens that are
 written in the same step (a replay, a longer chunk) cannot change a choice.
 """
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -17,23 +22,39 @@ from omniserve.base.numbers import ceil_div
 from omniserve.base.types import PAGE
 from omniserve.ops.batch import Batch, PageList, Reading, Rows, Visible
 from omniserve.ops.pages import PageStore
-from omniserve.ops.select import listed, score_tiles, select_pages, top_pages
+from omniserve.ops.select import keep_pages, listed, score_tiles, select_pages, top_pages
 
 
 class PageSelector:
     """Chooses pages for the retrieval heads of a layer. Immutable; the choices live in the batch's memo."""
 
-    def __init__(self, sparsity: Sparsity, scale: float) -> None:
+    def __init__(self, sparsity: Sparsity, scale: float, heads: Sequence[int]) -> None:
+        """Heads: how many retrieval heads each layer has."""
         self._budget = None if sparsity.budget is None else sparsity.budget // PAGE
         self._tile_budget = None if sparsity.prefill_budget is None else sparsity.prefill_budget // PAGE
         self._interval = sparsity.interval
         self._scores = sparsity.scores
         self._scale = scale
+        ends = tuple(accumulate(heads, initial=0))
+        self._places = [slice(first, last) for first, last in pairwise(ends)]  # a layer's heads among those of all
+        self._heads = ends[-1]
 
-    def memo(self, *, slots: int, heads: int, pages: int, device: torch.device) -> Tensor:
-        """Return the memo of one layer: int32 [slots, H, P]."""
-        size = 0 if self._budget is None else min(self._budget, pages)
-        return torch.zeros(slots, heads, size, dtype=torch.int32, device=device)
+    def memo(self, *, slots: int, pages: int, device: torch.device) -> Tensor | None:
+        """Return the memo of all layers: int32 [slots, N, P]."""
+        if self._budget is None:
+            return None
+        return torch.zeros(slots, self._heads, min(self._budget, pages), dtype=torch.int32, device=device)
+
+    @property
+    def interval(self) -> int | None:
+        """Produced positions from one choice to the next; None if none is chosen."""
+        return self._interval if self._budget is not None and self._heads else None
+
+    def kept(self, table: Tensor, slots: Tensor, prompts: Tensor, rows: Rows, memo: Tensor) -> PageList:
+        """Return what the single rows read, for the heads of all layers, in a step in which none of them chooses."""
+        of = slice(rows.singles)
+        ids, index, count = keep_pages(table, slots[of], prompts[of], rows.seq_len[of], memo, self._interval)
+        return PageList(ids=ids, index=index, count=count, slots=None)
 
     def windows(self, table: Tensor, slots: Tensor, rows: Rows) -> tuple[Reading, ...]:
         """Return what rows that choose nothing read: all pages."""
@@ -61,7 +82,11 @@ class PageSelector:
 
     def _selected(self, layer: int, q: Tensor, store: PageStore, batch: Batch, table: Tensor) -> PageList:
         """Return the pages of the single rows, refreshing the choices that are due and remembering them."""
-        rows = slice(batch.rows.singles)
+        rows, heads, kept = slice(batch.rows.singles), self._places[layer], batch.kept
+        if kept is not None:
+            assert kept.index is not None
+            return replace(kept, ids=kept.ids[:, heads], index=kept.index[:, heads])
+        assert batch.memo is not None
         ids, index, count = select_pages(
             q[rows],
             store,
@@ -69,7 +94,7 @@ class PageSelector:
             batch.slots[rows],
             batch.prompts[rows],
             batch.rows.seq_len[rows],
-            batch.memos[layer],
+            batch.memo[:, heads],
             self._interval,
             batch.rows.longest,
             self._scores,

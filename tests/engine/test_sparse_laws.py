@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from omniserve.base.config import TILE, Sparsity
 from omniserve.base.types import Kind
+from omniserve.engine import assemble
 from omniserve.formats.kv import LayerPages
 from tests.engine.harness import Ask, Loaded, Shape, alone, load, request, serve, tokens
 from tests.engine.test_laws import asks, token_lists
@@ -116,6 +117,17 @@ def test_two_turns_hit_equals_miss(model: Loaded, prompt: tuple[int, ...], reply
     assert serve(engine, [turn]) == alone(model, [turn])
     hits, whole = engine.scheduler.stats.prefix_hits, len(prompt) // 64 * 64
     assert hits == whole or (model.policy.tiles_from is not None and hits <= whole)
+
+
+@EXAMPLES
+@given(model=models, batch=st.lists(long_asks, min_size=1, max_size=4), step=st.integers(8, 300))
+def test_steps_that_keep_their_choice_change_no_token(model: Loaded, batch: list[Ask], step: int) -> None:
+    """Steps without a choice are told from others by the host, and take lists that are made once for all layers."""
+    shape = Shape(step=least(model, step), prefix=False)
+    usual = tokens(model, shape, batch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assemble, "KEEPING", 0)
+        assert tokens(model, shape, batch) == usual
 
 
 @pytest.mark.parametrize("name", ["static-w8a8kv8-scales", "lserve-w4a8kv4-means"])

@@ -115,19 +115,34 @@ def test_tile_shares_sum_to_the_queries_of_the_group() -> None:
 
 
 class Selection:
-    """A selector with its memo over one store, driven position by position."""
+    """A selector with its memo over one store, driven position by position.
+
+    keeping  steps in which no row chooses take the lists of all layers at once, as the engine does
+    """
 
     def __init__(
-        self, budget: int, interval: int, slots: int, pages: int, seed: int = 0, scores: PageScores = "bounds"
+        self,
+        budget: int,
+        interval: int,
+        slots: int,
+        pages: int,
+        seed: int = 0,
+        scores: PageScores = "bounds",
+        layers: int = 1,
+        *,
+        keeping: bool = True,
     ) -> None:
         self.store = store(slots * pages, seed)
         order = torch.randperm(slots * pages, generator=generator(seed + 9))
         self.table = order.view(slots, pages).int()
-        self.selector = PageSelector(Sparsity(budget=budget, interval=interval, scores=scores), 0.3)
-        self.memo = self.selector.memo(slots=slots, heads=H, pages=pages, device=CPU)
+        self.selector = PageSelector(Sparsity(budget=budget, interval=interval, scores=scores), 0.3, (H,) * layers)
+        self.keeping, self.kept = keeping, 0
+        memo = self.selector.memo(slots=slots, pages=pages, device=CPU)
+        assert memo is not None
+        self.memo = memo
         self.memo.fill_(1 << 20)  # what a slot held before is never read
 
-    def step(self, asks: list[tuple[int, int, int, Tensor]]) -> PageList:
+    def step(self, asks: list[tuple[int, int, int, Tensor]], layer: int = 0) -> PageList:
         """Rows (slot, prompt, position, query [G * H, D]) of one step; what they read."""
         positions = torch.tensor([position for _, _, position, _ in asks])
         rows = Rows(
@@ -137,20 +152,27 @@ class Selection:
             longest=int(positions.max()) + 1,
         )
         nothing = torch.empty(0)
+        slots = torch.tensor([slot for slot, _, _, _ in asks])
+        prompts = torch.tensor([prompt for _, prompt, _, _ in asks])
+        interval = self.selector.interval
+        assert interval is not None
+        keeps = self.keeping and all((position - prompt) % interval for _, prompt, position, _ in asks)
+        self.kept += keeps
         batch = Batch(
             tokens=nothing,
             positions=positions,
             write_slots=(),
-            slots=torch.tensor([slot for slot, _, _, _ in asks]),
-            prompts=torch.tensor([prompt for _, prompt, _, _ in asks]),
+            slots=slots,
+            prompts=prompts,
             tables=(self.table,),
             windows=((),),
-            memos=(self.memo,),
+            memo=self.memo,
+            kept=self.selector.kept(self.table, slots, prompts, rows, self.memo) if keeps else None,
             rows=rows,
             work=Workspace(out=nothing),
         )
         q = torch.stack([query for _, _, _, query in asks])
-        (reading,) = self.selector.reads(0, q, self.store, batch, self.table, ())
+        (reading,) = self.selector.reads(layer, q, self.store, batch, self.table, ())
         return reading.pages
 
 
@@ -184,6 +206,38 @@ def test_lists_across_two_page_borders(interval: int, prompt: int) -> None:
             if position < 256:
                 assert listed == list(range(newest + 1))
             assert pages.ids[0, head, : len(listed)].tolist() == selection.table[0, listed].tolist()
+
+
+@given(data=st.data())
+def test_steps_that_keep_read_what_choosing_steps_would(data: st.DataObject) -> None:
+    """Ids, pages and counts of every layer; whatever the requests, and across the pages that begin in between."""
+    interval = data.draw(st.integers(2, 8))
+    prompts = data.draw(st.lists(st.integers(1, 700), min_size=1, max_size=3))
+    budget = data.draw(st.sampled_from([128, 192, 512]))
+    first, other = (Selection(budget, interval, 3, 13, layers=3, keeping=keeping) for keeping in (True, False))
+    begin = data.draw(st.lists(st.integers(0, 1), min_size=len(prompts), max_size=len(prompts)))
+    late = [interval * part for part in begin]  # requests at other places of their answers, but in step
+    for slot, prompt in enumerate(prompts):  # choices of the past
+        for position in range(prompt, prompt + late[slot]):
+            for layer in range(3):
+                ask = (slot, prompt, position, query_at(10 * layer + slot, position))
+                first.step([ask], layer)
+                other.step([ask], layer)
+    for step in range(70):
+        for layer in range(3):
+            asks = [
+                (slot, prompt, prompt + late[slot] + step, query_at(10 * layer + slot, prompt + step))
+                for slot, prompt in enumerate(prompts)
+            ]
+            got, wanted = first.step(asks, layer), other.step(asks, layer)
+            assert got.index is not None
+            assert wanted.index is not None
+            assert torch.equal(got.index, wanted.index), (layer, step)
+            assert torch.equal(got.ids, wanted.ids)
+            assert torch.equal(got.count, wanted.count)
+    assert torch.equal(first.memo, other.memo)
+    assert first.kept >= 3 * (70 - -(-70 // interval))
+    assert not other.kept
 
 
 def test_a_list_is_kept_for_an_interval_and_then_chosen_anew() -> None:
@@ -224,7 +278,7 @@ def test_rows_come_and_go_between_refreshes(data: st.DataObject) -> None:
     prompts = data.draw(st.lists(st.integers(1, 600), min_size=1, max_size=3))
     wanted: dict[tuple[int, int], list[list[int]]] = {}
     for slot, prompt in enumerate(prompts):
-        alone = Selection(192, interval, 3, 11, scores=scores)
+        alone = Selection(192, interval, 3, 11, scores=scores, keeping=False)
         for position in range(prompt, prompt + 70):
             wanted[slot, position] = logical(alone.step([(slot, prompt, position, query_at(slot, position))]), 0)
     mixed = Selection(192, interval, 3, 11, scores=scores)
