@@ -11,6 +11,8 @@ import triton
 from omniserve.base.numbers import ceil_div
 from omniserve.kernels import (
     choice,
+    combine,
+    cuts,
     dense,
     draw,
     few,
@@ -23,6 +25,7 @@ from omniserve.kernels import (
     prefill,
     produced,
     rows,
+    runs,
     select,
     statistics,
     write,
@@ -56,8 +59,8 @@ FEW = Tile(16, 64, 2, 4, 4, 4, "few")
 """A tile of it that cuts K, whatever the tables say."""
 
 
-ATTEND_LOOPS = {4: 1200, 8: 1300, 16: 520}
-"""SASS instructions of one turn of a produced position's loop, by bits."""
+ATTEND_LOOPS = {4: 1500, 8: 1650, 16: 900}
+"""SASS instructions of one turn of a produced position's loop, by bits; about 210 are skipped but at a piece's end."""
 
 PROMPT_LOOP = 1000
 """SASS instructions of one turn of a prompt tile's loop."""
@@ -373,25 +376,35 @@ def _attention(arch: int) -> Iterator[Spec]:
     for group, head_dim in SHAPES:
         for bits in (4, 8, 16):
             sparse = group == 4 and bits == 4
-            flags = produced.constants(group, head_dim, bits, listed=sparse, slots=not sparse, to=sparse, window=sparse)
-            options = produced.options_of(bits, head_dim)
+            flags = produced.constants(
+                group, head_dim, bits, arch, listed=sparse, slots=not sparse, to=sparse, window=False, two=sparse,
+                window2=sparse,
+            )  # fmt: skip
+            options = produced.options_of(bits, head_dim, arch)
+            element = model if bits == 16 else "*u8"
             yield Spec(
                 name=f"attend kv{bits}, {group} heads of {head_dim}, produced",
                 arch=arch,
-                kernel=produced.attend_kernel,
+                kernel=runs.attend_kernel,
                 types={
-                    "q": model, "out": model, "parts": "*fp32", "norms": "*fp32",
-                    "codes": model if bits == 16 else "*u8", "words": "*i32", "scales": "*fp16", "ids": "*i32",
-                    "index": "*i32", "count": "*i32", "slots": "*i64", "to": "*i64", "cuts": "*i32", "seq_len": "*i32",
-                    "rows": "i32", "kv_heads": "i32", "q_stride": "i32", "out_stride": "i32", "out_head": "i32",
-                    "ids_row": "i32",
-                    "ids_head": "i32", "places": "i32", "scale": "fp32", "sink": "i32", "local": "i32",
+                    "q": model, "out": model, "parts": "*fp32", "norms": "*fp32", "codes": element, "words": "*i32",
+                    "scales": "*fp16", "ids": "*i32", "index": "*i32", "count": "*i32", "cuts": "*i32",
+                    "slots": "*i64", "to": "*i64", "seq_len": "*i32", "rows": "i32", "kv_heads": "i32",
+                    "q_stride": "i32", "out_stride": "i32", "out_head": "i32", "ids_row": "i32", "ids_head": "i32",
+                    "places": "i32", "span": "i32", "offered": "i32", "full": "i32", "scale": "fp32", "sink": "i32",
+                    "local": "i32",
+                    "q2": model, "parts2": "*fp32", "norms2": "*fp32", "codes2": element, "words2": "*i32",
+                    "scales2": "*fp16", "ids2": "*i32", "index2": "*i32", "count2": "*i32", "to2": "*i64",
+                    "kv_heads2": "i32", "out_head2": "i32", "ids_row2": "i32", "ids_head2": "i32", "places2": "i32",
+                    "span2": "i32", "sink2": "i32", "local2": "i32",
                 },
-                constants=flags,
+                constants=flags | {"PDL": arch == 90},
                 warps=options["num_warps"],
                 stages=options["num_stages"],
-                loose=("rows", "kv_heads", "out_head", "ids_row", "ids_head", "places", "sink", "local", "cuts",
-                       "seq_len", "count"),
+                most_registers=options.get("maxnreg"),
+                loose=("rows", "kv_heads", "out_head", "ids_row", "ids_head", "places", "span", "offered", "full",
+                       "sink", "local", "cuts", "seq_len", "count", "kv_heads2", "out_head2", "ids_row2", "ids_head2",
+                       "places2", "span2", "sink2", "local2", "count2", "to", "to2", "slots"),
                 matrix=FLOATS if bits == 16 else CODES,
                 longest=ATTEND_LOOPS[bits],
                 first=arch == 90 and (group, bits) == (4, 4),
@@ -399,22 +412,25 @@ def _attention(arch: int) -> Iterator[Spec]:
     yield Spec(
         name="combine 128",
         arch=arch,
-        kernel=produced.combine_kernel,
+        kernel=combine.combine_kernel,
         types={
-            "out": model, "parts": "*fp32", "norms": "*fp32", "to": "*i64", "pages": "*i32", "cuts": "*i32",
-            "out_stride": "i32", "out_head": "i32", "heads": "i32", "places": "i32",
+            "out": model, "parts": "*fp32", "norms": "*fp32", "to": "*i64", "count": "*i32", "cuts": "*i32",
+            "rows": "i32", "out_stride": "i32", "out_head": "i32", "heads": "i32", "kv_heads": "i32", "group": "i32",
+            "places": "i32", "span": "i32", "full": "i32", "parts2": "*fp32", "norms2": "*fp32", "to2": "*i64",
+            "count2": "*i32", "out_head2": "i32", "heads2": "i32", "kv_heads2": "i32", "places2": "i32", "span2": "i32",
         },
-        constants=produced.combine_constants(128, 4, listed=False, to=True),
-        warps=4,
-        loose=("out_head", "heads", "places", "pages", "cuts"),
+        constants=produced.combine_constants(128, listed=False, to=True, two=True) | {"PDL": arch == 90},
+        warps=8,
+        loose=("rows", "out_head", "heads", "kv_heads", "group", "places", "span", "full", "count", "cuts", "out_head2",
+               "heads2", "kv_heads2", "places2", "span2", "to", "to2", "count2"),
         first=arch == 90,
     )  # fmt: skip
     yield Spec(
         name="cut rows",
         arch=arch,
-        kernel=produced.cut_kernel,
+        kernel=cuts.cut_kernel,
         types={"pages": "*i32", "cuts": "*i32", "rows": "i32"},
-        constants=produced.cut_constants(),
+        constants=cuts.cut_constants(),
         warps=4,
         loose=("rows", "pages"),
         first=arch == 90,

@@ -4,10 +4,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-PIECE = 8
-"""Pages of one part of a produced position's row. Part of the result's bits: it never depends on the batch."""
+PIECE = 2
+"""Pages of one part of a produced position's row; more in long rows. Part of the result's bits: it never depends on
+the batch."""
 
-MOST_PIECES = 256
+FEW = 8
+"""Such pieces that a row has at most: in a longer one they are twice as large."""
+
+RUN = 8
+"""Pieces that are added up in page order before runs of them are."""
+
+MOST_PIECES = 128
 """Parts of a row at most: the pages of a part double until there are no more."""
 
 
@@ -63,8 +70,8 @@ class Rows:
     singles  leading rows of produced positions, one token each; a prompt chunk of one token is not among them
     tiles    trailing rows of prompt positions that choose their pages: each begins at a multiple of the tile
     longest  largest seq_len
-    cuts     int32 [singles + 1] or None: `cut_rows` of the pages of all leading rows; None: `attend` makes it itself,
-             in every layer anew
+    cuts     int32 [2, singles + 1] or None: `cut_rows` of the pages of all leading rows; None: `attend` makes it
+             itself, in every layer anew
     chunks   positions of the queries of each row behind the produced ones, as the host knows them
     """
 

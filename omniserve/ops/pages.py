@@ -13,7 +13,7 @@ from torch import Tensor
 
 from omniserve.base.numbers import ceil_div
 from omniserve.base.types import PAGE
-from omniserve.ops.batch import MOST_PIECES, PIECE, Reading, Rows, Workspace
+from omniserve.ops.batch import FEW, MOST_PIECES, PIECE, RUN, Reading, Rows, Workspace
 from omniserve.ops.dispatch import operation
 from omniserve.ops.rope import Rope, norm_heads, rotate
 
@@ -90,23 +90,27 @@ def rope_write(
     return turned[:, :heads]
 
 
-def pieces_of(pages: int) -> int:
-    """Return the pieces that a row of up to so many pages may have."""
-    return min(ceil_div(pages, PIECE), MOST_PIECES)
+def pieces_of(pages: int, piece: int = PIECE) -> int:
+    """Return the pieces that a row of up to so many pages may have, when the smallest have `piece` pages."""
+    return min(ceil_div(pages, piece), max(FEW, min(ceil_div(pages, piece * 2), MOST_PIECES)))
 
 
 @operation
 def cut_rows(pages: Tensor) -> Tensor:
-    """Return int32 [R + 1]: how many pieces the rows before each row have, and all; pages int32 [R], at least 1 each.
+    """Return int32 [2, R + 1]: pieces of the rows before each row, and of all; likewise runs of RUN pieces.
 
-    A piece is PIECE pages of a row's list; twice, four times as many where a row would have more than MOST_PIECES.
+    pages int32 [R], at least 1 each.
+    A piece is PIECE pages of a row's list if they make one run, else twice as many; four times, eight times as many
+    where a row would have more than MOST_PIECES.
     It depends on the row alone. What `attend` reads for produced positions on a GPU; the same in all layers of a step.
     """
-    size = torch.full_like(pages, PIECE)
-    for _ in range(16):  # up to 2^25 pages
+    size = torch.where(pages > PIECE * FEW, PIECE * 2, PIECE).to(pages.dtype)
+    for _ in range(15):  # up to 2^24 pages
         size = torch.where(pages > size * MOST_PIECES, size * 2, size)
-    ends = torch.cumsum((pages + size - 1) // size, 0, dtype=torch.int32)
-    return torch.cat((ends.new_zeros(1), ends))
+    pieces = (pages + size - 1) // size
+    run = torch.where(size > PIECE * 2, RUN // 2, RUN).to(pages.dtype)
+    ends = torch.cumsum(torch.stack((pieces, (pieces + run - 1) // run)), 1, dtype=torch.int32)
+    return torch.cat((ends.new_zeros(2, 1), ends), 1)
 
 
 @operation

@@ -18,10 +18,10 @@ from torch import Tensor
 from omniserve.formats.kv import LayerPages
 from omniserve.formats.table import weight_format
 from omniserve.ops.act import ActFormat
-from omniserve.ops.batch import Reading, Rows, Workspace
+from omniserve.ops.batch import PageList, Reading, Rows, Visible, Workspace
 from omniserve.ops.dispatch import TABLE, load_kernels
-from omniserve.ops.pages import HeadGroup
-from tests.parity.cases import CASES
+from omniserve.ops.pages import HeadGroup, cut_rows
+from tests.parity.cases import CASES, filled
 from tests.parity.compare import Args, problems, rebuilt, tensors
 
 
@@ -169,6 +169,79 @@ def alone(device: str) -> int:
     return failed
 
 
+def runs(device: str) -> int:
+    """Programs that take runs of pieces give the bits of those that take pieces; a row that only pads disturbs none."""
+    from omniserve.kernels import produced
+
+    failed, lengths = 0, (2200, 65, 1)  # more than a run, one piece; a row that pads
+    kernel = next(one for one in TABLE["attend"].implementations if one.device == "cuda").function
+    for name in ("kv4", "kv8", "kv16"):
+        store = rebuilt(filled(name, 1, 64, 40, torch.float16), lambda t: t.to(device), lambda d: d)
+        order = torch.randperm(39, generator=torch.Generator().manual_seed(3)).to(torch.int32) + 1
+        table = torch.stack((order[:36], order[3:39])).to(device)
+        seq_len = torch.tensor(lengths, dtype=torch.int32, device=device)
+        count, slots = (seq_len + 63) // 64, torch.tensor([0, 1, -1], device=device)
+        pages = PageList(ids=table, index=None, count=count, slots=slots)
+        group = HeadGroup(
+            heads=slice(0, 2), to=None, reads=(Reading(rows=range(3), pages=pages, visible=Visible()),), store=store
+        )
+        rows = Rows(
+            cu_q=torch.arange(4, dtype=torch.int32, device=device), seq_len=seq_len, singles=3, longest=2304,
+            cuts=cut_rows(count),
+        )  # fmt: skip
+        q = torch.randn(3, 2, 64, generator=torch.Generator().manual_seed(5)).half().to(device)
+        outs, full = [], produced.FULL
+        for produced.FULL in (0, 1 << 20):
+            out = torch.full_like(q, float("nan"))
+            kernel(q, (group,), rows, out, Workspace(out=out), scale=0.125)
+            outs.append(out[:2])
+        produced.FULL = full
+        same = [torch.equal(*outs), bool(torch.isfinite(outs[0]).all())]
+        failed += not all(same)
+        print(f"{'ok' if all(same) else 'FAILED'} runs: {name}", same, flush=True)
+    return failed
+
+
+def pairs(device: str) -> int:
+    """Two head groups give the same bits in one launch as in two, however their pages are listed."""
+    failed = 0
+    kernel = next(one for one in TABLE["attend"].implementations if one.device == "cuda").function
+    for name in ("kv4", "kv8", "kv16"):
+        stores = [rebuilt(filled(name, h, 64, 40, torch.float16), lambda t: t.to(device), lambda d: d) for h in (1, 2)]
+        seq_len = torch.tensor((2200, 300), dtype=torch.int32, device=device)
+        order = torch.randperm(39, generator=torch.Generator().manual_seed(3)).to(torch.int32) + 1
+        table = torch.stack((order[:36], order[3:39])).to(device)
+        count = (seq_len + 63) // 64
+        rows = Rows(
+            cu_q=torch.arange(3, dtype=torch.int32, device=device), seq_len=seq_len, singles=2, longest=2304,
+            cuts=cut_rows(count),
+        )  # fmt: skip
+        whole = PageList(ids=table, index=None, count=count, slots=torch.arange(2, device=device))
+        index = torch.tensor(((0, 2, 32, 33, 34), (0, 1, 2, 3, 4)), dtype=torch.int32, device=device)
+        some = PageList(ids=table.gather(1, index.long()), index=index, count=torch.full_like(count, 5), slots=None)
+        to = torch.randperm(6, generator=torch.Generator().manual_seed(4)).to(device)
+        q = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(5)).half().to(device)
+        same = []
+        for first in (whole, replace(some, count=torch.tensor((3, 5), dtype=torch.int32, device=device))):
+            reads = (first, Visible()), (some, Visible(sink=64, local=190))
+            groups = [
+                HeadGroup(
+                    heads=heads, to=to[heads], reads=(Reading(rows=range(2), pages=pages, visible=seen),), store=of
+                )
+                for heads, (pages, seen), of in zip((slice(0, 2), slice(2, 6)), reads, stores, strict=True)
+            ]
+            outs = []
+            for calls in ((tuple(groups),), ((groups[0],), (groups[1],))):
+                out = torch.full_like(q, float("nan"))
+                for call in calls:
+                    kernel(q, call, rows, out, Workspace(out=out), scale=0.125)
+                outs.append(out)
+            same += [torch.equal(*outs), bool(torch.isfinite(outs[0]).all())]
+        failed += not all(same)
+        print(f"{'ok' if all(same) else 'FAILED'} pairs: {name}", same, flush=True)
+    return failed
+
+
 def chunks(device: str) -> int:
     """A prompt attends to the same bits in one chunk as in several, and among other rows.
 
@@ -252,6 +325,7 @@ if __name__ == "__main__":
         at = chosen.index("--device")
         where = chosen[at + 1]
         del chosen[at : at + 2]
-    wrong = main(chosen, where) + (0 if chosen else tiles(where) + alone(where) + chunks(where) + few(where))
+    bits = (tiles, alone, runs, pairs, chunks, few)
+    wrong = main(chosen, where) + (0 if chosen else sum(check(where) for check in bits))
     wrong += languages() if where == "cuda" and not chosen else 0
     sys.exit(1 if wrong else 0)

@@ -220,7 +220,7 @@ def _bounded(table: Tensor) -> Iterator[tuple[str, Args]]:
             yield f"statistics {name}{' static' * static} {kind}", (qkv, positions, every, stores, turns, 2 * total)
 
 
-def _filled(name: KVName, heads: int, dim: int, pages: int, dtype: torch.dtype) -> LayerPages:
+def filled(name: KVName, heads: int, dim: int, pages: int, dtype: torch.dtype) -> LayerPages:
     """Pages whose keys and values are all written, at offsets and ranges of their own."""
     form = kv_format(name, dtype=dtype)
     store = LayerPages(torch.zeros(pages, heads, form.page_bytes(dim), dtype=torch.uint8), form, dim)
@@ -266,7 +266,7 @@ def attend() -> Iterator[tuple[str, Args]]:
             ("prompts", (70, 130), (70, 5)),
             ("both", (66, 40, 200), (1, 40, 2)),
         ):
-            store, rows = _filled(name, kv, dim, 24, dtype), _rows_of(given, tokens)
+            store, rows = filled(name, kv, dim, 24, dtype), _rows_of(given, tokens)
             table = torch.full((len(given) + 2, 12), -1, dtype=torch.int32)
             order = torch.randperm(23, generator=_generator(7)).to(torch.int32) + 1
             slots = torch.arange(len(given)).flip(0) + 1
@@ -295,7 +295,7 @@ def attend() -> Iterator[tuple[str, Args]]:
     whole = Reading(
         rows=range(2), pages=PageList(ids=table, index=None, count=count, slots=torch.tensor([0, 1])), visible=Visible()
     )
-    first, second = _filled("kv8", 1, 32, 8, torch.float16), _filled("kv8", 2, 32, 8, torch.float16)
+    first, second = filled("kv8", 1, 32, 8, torch.float16), filled("kv8", 2, 32, 8, torch.float16)
     order = torch.tensor([4, 0, 5, 1, 3, 2])
     groups = (
         HeadGroup(heads=slice(0, 2), to=order[:2], reads=(whole,), store=first),
@@ -348,7 +348,7 @@ def window_pages() -> Iterator[tuple[str, Args]]:
 def _long_prompts() -> Iterator[tuple[str, Args]]:
     """Prompts of several tiles after earlier tokens; windows with edges in all places; pages chosen by tiles."""
     given, tokens = (640, 150), (270, 150)
-    store, rows = _filled("kv4", 1, 32, 14, torch.float16), _rows_of(given, tokens)
+    store, rows = filled("kv4", 1, 32, 14, torch.float16), _rows_of(given, tokens)
     table = torch.zeros(2, 10, dtype=torch.int32)
     table[0], table[1, :3] = torch.randperm(10, generator=_generator(5)) + 4, torch.tensor([2, 1, 3])
     count = (rows.seq_len + PAGE - 1) // PAGE
