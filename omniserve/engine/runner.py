@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from omniserve.base.config import TILE
 from omniserve.base.types import Admission, Fault, Step, StepResult, TokenLogprobs, Work
 from omniserve.engine.assemble import KEEPING, Assembled, Assembler
 from omniserve.engine.grammar import Matchers, Taking
@@ -103,10 +104,11 @@ def _decodes(work: Work) -> bool:
     return work.draws and not work.new_tokens and work.count == 1
 
 
-def _idle_work(slot: int, count: int) -> Work:
+def _idle_work(slot: int, count: int, start: int = 0) -> Work:
     return Work(
-        request="", slot=slot, start=0, count=count, prompt=count, new_tokens=(0,) * count, logits="none", draws=False
-    )
+        request="", slot=slot, start=start, count=count, prompt=start + count, new_tokens=(0,) * count, logits="none",
+        draws=False,
+    )  # fmt: skip
 
 
 class Runner:
@@ -163,12 +165,16 @@ class Runner:
         sizes = sorted({most} | {min(size + odd, most) for size in PROMPTS for odd in (0, 1)})
         steps = [[min(longest, tokens - first) for first in range(0, tokens, longest)] for tokens in sizes]
         steps += [[min(longest, size)] * rows for rows in ROWS for size in LENGTHS if rows * min(longest, size) <= most]
-        for chunks in steps:
-            works = tuple(_idle_work(idle, count) for count in chunks)
-            assembled = self.assembler.assemble(Step(works=works), self._work)
+        batches = [[_idle_work(idle, count) for count in chunks] for chunks in steps]
+        # Ends of the longest prompts: their keys take the most room beside the activations.
+        end = min(longest, LENGTHS[0])
+        far = _idle_work(idle, end, (longest - end) // TILE * TILE)
+        batches += [[far] * min(rows, most // end) for rows in (1, min(idle, ROWS[-1]))]
+        for works in batches:
+            assembled = self.assembler.assemble(Step(works=tuple(works)), self._work)
             hidden = model.hidden(assembled.batch, self.stores)
             model.logits(hidden[list(assembled.ends)])
-            if sum(chunks) == most:  # what a step takes at most: all its tokens, and a draw for every sequence
+            if len(hidden) == most:  # what a step takes at most: all its tokens, and a draw for every sequence
                 warm(model.logits(hidden[:idle]))
             del hidden
         if graphs:
