@@ -6,10 +6,10 @@ rows of its products.
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from omniserve.base.types import PAGE
 from omniserve.kernels.cuts import row_of_cuts, row_of_list, run_of, shift_of
+from omniserve.kernels.handover import held_back
 from omniserve.kernels.sums import (
     STEP,
     add,
@@ -107,8 +107,7 @@ def attend_kernel(
 ):
     """Pieces of rows or runs of them, of one key head, until there are no more; some programs: of a second group."""
     if PDL:
-        gdc_wait()
-        gdc_launch_dependents()  # `combine_kernel` may read at once what this one had to wait for
+        held_back()  # `combine_kernel` reads counts and cuts at once
     head = tl.program_id(0)
     begin = tl.program_id(1)
     if begin < offered:

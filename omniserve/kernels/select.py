@@ -20,7 +20,7 @@ from omniserve.formats.kv import LayerPages
 from omniserve.kernels.choice import UNIT, choose_constants, choose_kernel, choose_warps
 from omniserve.kernels.codes import halves, tiny_codes
 from omniserve.kernels.device import INTERPRETED, kernel_of, need, pdl, processors
-from omniserve.kernels.handover import handed_over
+from omniserve.kernels.handover import held_back
 from omniserve.kernels.keep import keep_row, row_of
 from omniserve.kernels.write import checked
 from omniserve.ops.select import Chosen, select_pages
@@ -91,7 +91,7 @@ def score_kernel(
 ):
     """A share of one row's pages for one key head; or the list of a row that keeps what it chose."""
     if PDL:
-        handed_over()
+        held_back()  # `choose_kernel` reads lengths and tables at once
     split = tl.program_id(0)
     head = tl.program_id(1)
     row = tl.program_id(2)
@@ -164,7 +164,7 @@ def key_score_kernel(
 ):
     """A share of one row's pages for one key head, by all their keys; or the list of a row that keeps what it chose."""
     if PDL:
-        handed_over()
+        held_back()  # `choose_kernel` reads lengths and tables at once
     HALF: tl.constexpr = D // 2
     head = tl.program_id(1)
     row = tl.program_id(2)

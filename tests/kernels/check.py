@@ -325,7 +325,10 @@ if __name__ == "__main__":
         at = chosen.index("--device")
         where = chosen[at + 1]
         del chosen[at : at + 2]
-    bits = (tiles, alone, runs, pairs, chunks, few)
-    wrong = main(chosen, where) + (0 if chosen else sum(check(where) for check in bits))
+    bits = {check.__name__: check for check in (tiles, alone, runs, pairs, chunks, few)}
+    named = [name for name in chosen if name in bits]
+    operations = [name for name in chosen if name not in bits]
+    wrong = main(operations, where) if operations or not named else 0
+    wrong += sum(bits[name](where) for name in (named if chosen else bits))
     wrong += languages() if where == "cuda" and not chosen else 0
     sys.exit(1 if wrong else 0)
