@@ -29,7 +29,7 @@ from omniserve.base.types import PAGE, Kind
 from omniserve.cache.manager import CacheManager
 from omniserve.cache.pool import PagePool
 from omniserve.cache.store import KVStore
-from omniserve.engine.device import check_dtype, check_room, find_device, used_bytes, working_bytes
+from omniserve.engine.device import check_dtype, check_room, find_device, taken_bytes, working_bytes
 from omniserve.engine.engine import Engine
 from omniserve.engine.executor import LocalExecutor
 from omniserve.engine.runner import Runner
@@ -117,7 +117,7 @@ def build(
     """
     started = time.perf_counter()
     device = find_device(options)
-    before = used_bytes() if device.kind == "cuda" else 0
+    taken = taken_bytes() if device.kind == "cuda" else None
     source = open_source(model, options, on_load, device=device.kind)
     spec = family(source.config).spec(source.config)
     source = translated(source, spec)
@@ -168,7 +168,7 @@ def build(
     plan = MemoryPlan(
         model=Path(source.path if model is None else model).name,
         weight_bytes=decoder.weight_bytes,
-        working_bytes=used_bytes() - before - decoder.weight_bytes - kv_bytes if gpu else 0,
+        working_bytes=0 if taken is None else taken() - decoder.weight_bytes - kv_bytes,
         kv_bytes=kv_bytes,
         kv_tokens=next(iter(stores.values())).pages * PAGE,
         kv_token_bytes=sum(_token_bytes(kv, policy, kind, spec) for kind in Kind),

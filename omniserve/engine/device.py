@@ -68,8 +68,17 @@ def _share(options: Options) -> float:
     return share
 
 
-def used_bytes() -> int:
-    """Return the GPU's memory that is taken now, by anyone."""
+def taken_bytes() -> Callable[[], int]:
+    """Return a function that tells how many bytes of the GPU were taken since now.
+
+    The driver counts everybody's, what CUDA itself takes with it; what others give back meanwhile would lower that, so
+    it is never less than what torch holds more.
+    """
+    used, held = _used_bytes(), torch.cuda.memory_reserved()
+    return lambda: max(_used_bytes() - used, torch.cuda.memory_reserved() - held)
+
+
+def _used_bytes() -> int:
     free, total = torch.cuda.mem_get_info()
     return total - free
 

@@ -9,7 +9,7 @@ from omniserve.base.config import Options, Precision
 from omniserve.base.errors import CapacityError, ConfigError
 from omniserve.base.spec import Device, ModelSpec
 from omniserve.engine import device
-from omniserve.engine.device import check_dtype, check_room, find_device, weight_bytes, working_bytes
+from omniserve.engine.device import check_dtype, check_room, find_device, taken_bytes, weight_bytes, working_bytes
 from omniserve.formats.dummy import CONFIGS
 from omniserve.models.families import family
 
@@ -83,3 +83,14 @@ def test_eight_bits_for_the_head_are_counted() -> None:
     more = weight_bytes(LLAMA, Precision.parse("w4a8kv4"), "float16", "w16")
     less = weight_bytes(LLAMA, Precision.parse("w4a8kv4"), "float16", "w8")
     assert more - less == pytest.approx(128256 * 4096, rel=0.01)
+
+
+def test_memory_that_others_give_back_is_not_counted_as_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    free, held = [600], [100]
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (free[0], 1000))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda: held[0])
+    taken = taken_bytes()
+    free[0], held[0] = 300, 350
+    assert taken() == 300, "CUDA takes memory beside torch's"
+    free[0] = 900
+    assert taken() == 250, "others gave 600 back, and torch holds 250 more"
