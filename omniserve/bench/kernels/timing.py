@@ -1,5 +1,6 @@
 """Microseconds of GPU work: CUDA graphs replayed, so that the host's time to launch does not count."""
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ import torch
 COLD = 200e6
 """Bytes that are read between two calls with the same inputs: several times an L2 cache."""
 
-LEAST = 300.0
+LEAST = 1000.0
 """Microseconds that a captured graph takes at least: short calls are repeated in it."""
 
 AWAKE = 0.05
@@ -19,17 +20,27 @@ AWAKE = 0.05
 MOST = 5e5
 """Microseconds after which there are no more than three replays."""
 
+WARM = 3
+"""Replays that do not count."""
+
 
 def microseconds(calls: Sequence[Callable[[], Any]], *, replays: int) -> float:
     """Return the median time of one of the calls, which have inputs of their own and run one after the other.
 
-    They must not look at the device from the host. Three replays warm up.
+    They must not look at the device from the host.
     """
     _run(calls)  # kernels are compiled
+    graph = _captured(calls, rounds=1)
+    once = statistics.median(_replayed(graph, 2)[1:])
+    rounds = max(1, min(50, int(LEAST / max(once, 1.0))))
+    if rounds > 1:
+        graph = _captured(calls, rounds=rounds)
+    replays = min(replays, max(3, int(MOST / max(once * rounds, 1.0))))
     _wake()
-    first = _timed(lambda: _run(calls), replays=1)
-    rounds = max(1, min(50, int(LEAST / max(first, 1.0))))
-    replays = min(replays, max(3, int(MOST / max(first, 1.0))))
+    return statistics.median(_replayed(graph, WARM + replays)[WARM:]) / (rounds * len(calls))
+
+
+def _captured(calls: Sequence[Callable[[], Any]], *, rounds: int) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch says no more
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -39,10 +50,18 @@ def microseconds(calls: Sequence[Callable[[], Any]], *, replays: int) -> float:
     with torch.cuda.graph(graph):
         for _ in range(rounds):
             _run(calls)
-    _wake()
-    for _ in range(3):
+    return graph
+
+
+def _replayed(graph: torch.cuda.CUDAGraph, replays: int) -> list[float]:
+    """Return the microseconds from the end of a replay to the end of the next one; the host is ahead of the card."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]  # type: ignore[no-untyped-call]
+    marks[0].record()
+    for mark in marks[1:]:
         graph.replay()
-    return _timed(graph.replay, replays=replays) / (rounds * len(calls))
+        mark.record()
+    marks[-1].synchronize()
+    return [1000 * before.elapsed_time(after) for before, after in itertools.pairwise(marks)]
 
 
 def _wake() -> None:
@@ -58,15 +77,3 @@ def _wake() -> None:
 def _run(calls: Sequence[Callable[[], Any]]) -> None:
     for call in calls:
         call()
-
-
-def _timed(run: Callable[[], None], *, replays: int) -> float:
-    times: list[float] = []
-    for _ in range(replays):
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        began.record()
-        run()
-        ended.record()
-        ended.synchronize()
-        times.append(1000 * began.elapsed_time(ended))
-    return statistics.median(times)
