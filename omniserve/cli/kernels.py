@@ -1,12 +1,15 @@
 """`omniserve bench kernels`: every operation on the GPU here, against the physical limit and torch's own kernels."""
 
 import os
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from omniserve.base.config import SHAPES, Options
 from omniserve.base.errors import ConfigError
+from omniserve.bench.kernels import milestones
+from omniserve.bench.kernels.sums import STEP, sums
 from omniserve.bench.results import Results, Row, ratio, read_rows
 from omniserve.cli import machine
 from omniserve.cli.exits import GATE, OK
@@ -18,9 +21,11 @@ from omniserve.cli.report import NO_REPORT_FLAGS, ReportFlags, check_plot, machi
 if TYPE_CHECKING:
     from omniserve.base.spec import ModelSpec
 
-SHAPE = "llama-3-8b"
+SHAPE = milestones.SHAPE
 
-TOKENS = "1,16,64,128,256,512,1024,2048,8192"
+TOKENS = "1,16,32,64,128,256,512,1024,2048,8192"
+
+_UNITS = {"share": "", "us": " us", "faster": "x dense"}
 
 KEYS = ("model", "dtype", "kind", "name", "size", "device")
 """What tells rows apart."""
@@ -33,7 +38,8 @@ def kernels(
     shape: str | None = None,
     dtype: Literal["float16", "bfloat16"] = "float16",
     only: str | None = None,
-    tokens: str = TOKENS,
+    tokens: str | None = None,
+    suite: Literal["targets"] | None = None,
     replays: Whole = 20,
     peers: bool = True,
     jobs: Whole | None = None,
@@ -57,7 +63,10 @@ def kernels(
     only
         Parts of titles with commas between them, for instance "gemm w4a8-g128,decode kv4"; others are left out.
     tokens
-        Tokens of a step, with commas between them.
+        Tokens of a step, with commas between them (default 1,16,32,64,128,256,512,1024,2048,8192).
+    suite
+        Measure what the milestones of an H200 ask for and no more, about 90 seconds, and tell which are met. A later
+        call goes on with the rows that --results does not hold.
     replays
         Replays of which the median counts.
     peers
@@ -65,47 +74,58 @@ def kernels(
     jobs
         Processes that compile kernels ahead (default 8, or fewer with fewer cores); 1: none.
     """
-    if shape is not None and (model is not None or shape not in SHAPES[1:]):
-        allowed = "instead of MODEL, leave one out" if model is not None else f"one of {', '.join(SHAPES[1:])}"
-        raise ConfigError(f"--shape {shape}: must be {allowed}")
-    counts = whole_numbers(tokens, "--tokens")
+    _check(model, shape, suite, tokens)
+    counts = milestones.TOKENS if suite is not None else whole_numbers(tokens or TOKENS, "--tokens")
     for name, value in {"tokens": min(counts), "replays": replays, "jobs": jobs or 1}.items():
         if value < 1:
             raise ConfigError(f"--{name} {value}: must be 1 or more")
-    wanted = [] if only is None else words(only, "--only")
+    parts = [] if only is None else words(only, "--only")
     check_plot(report.plot)
     others = [] if report.compare is None else read_rows(report.compare)
-    results = Results(report.results, KEYS)
+    results = Results(report.results or (None if suite is None else Path(f"bench-{suite}.json")), KEYS)
     _need_gpu()
     import torch
 
-    from omniserve.bench.kernels.run import cases, compile_ahead, gpu_sizes, run
-    from omniserve.bench.kernels.sums import sums
+    from omniserve.bench.kernels.run import Wanted, cases, compile_ahead, gpu_sizes, run
 
     spec = _spec(model, shape or SHAPE)
+    wanted = Wanted(spec=spec, dtype=dtype, tokens=counts, suite=suite is not None)
     about = {"model": model or shape or SHAPE, "dtype": dtype, "device": torch.cuda.get_device_name()}
-    all_cases = cases(gpu_sizes(spec, dtype, counts), wanted)
-    todo = [
-        case
-        for case in all_cases
-        if results.find({**about, "kind": case.kind, "name": case.name, "size": case.size}) is None
-    ]
-    if not todo and not list(results):
+    found = list(cases(gpu_sizes(wanted), parts, suite=wanted.suite))
+    if not found and not list(results):
         raise ConfigError(
             f"--only {only}: no case has such a title; give for instance gemm, decode, prefill or add_norm"
         )
+    heads = [{**about, "kind": case.kind, "name": case.name, "size": case.size} for case in found]
+    todo = deque(case for case, head in zip(found, heads, strict=True) if results.find(head) is None)
+    del found  # cases hold weights
     processes = min(jobs or min(8, os.cpu_count() or 1), len(todo))
     if processes > 1:
-        compile_ahead(spec, dtype, counts, [case.title for case in todo], processes)
+        compile_ahead(wanted, [case.title for case in todo], processes)
+    facts, count = machine.facts(), len(todo)
     with Bars(quiet=report.json) as bars:
 
         def keep(row: dict[str, Any]) -> None:
-            results.add({**about, **row, "date": stamp()})
-            bars.update("kernels", len(list(results)), len(todo))
+            results.add({**about, **row, "machine": facts, "date": stamp()})
+            bars.update("kernels", count - len(todo), count)
 
         run(todo, replays=replays, peers=peers, on_row=keep)
     rows = [*results, *({**about, **row} for row in sums(list(results), spec.layers))]
-    return _tell(rows, others, report, replays)
+    code = _tell(rows, others, report, replays, suite=wanted.suite)
+    if todo:
+        warn(f"the device answers no more: {len(todo)} cases were not measured, the same command goes on with them")
+    return code
+
+
+def _check(model: str | None, shape: str | None, suite: str | None, tokens: str | None) -> None:
+    """Raise ConfigError for flags that do not go together."""
+    given = {"MODEL": model, "--shape": shape, "--tokens": tokens}
+    surplus = [f"{name} {value}" for name, value in given.items() if value is not None]
+    if suite is not None and surplus:
+        raise ConfigError(f"{surplus[0]}: --suite {suite} has its own, those of {milestones.SHAPE}; leave it out")
+    if shape is not None and (model is not None or shape not in SHAPES[1:]):
+        allowed = "instead of MODEL, leave one out" if model is not None else f"one of {', '.join(SHAPES[1:])}"
+        raise ConfigError(f"--shape {shape}: must be {allowed}")
 
 
 def _spec(model: str | None, shape: str) -> "ModelSpec":
@@ -128,23 +148,51 @@ def _need_gpu() -> None:
         raise ConfigError(f"bench kernels measures kernels on an NVIDIA GPU: {problem}")
 
 
-def _tell(rows: Sequence[Row], others: Sequence[Row], report: ReportFlags, replays: int) -> int:
+def _tell(rows: Sequence[Row], others: Sequence[Row], report: ReportFlags, replays: int, *, suite: bool) -> int:
     """Print the rows, and draw them if asked; return the exit code."""
     facts = machine.facts()
     keys = KEYS[:5]
     compared = [{**row, "against": ratio(row, others, keys, "us")} for row in rows]
+    judged = list(milestones.judged(rows)) if suite else []
     if report.plot is not None:
         _draw(compared, report.plot, title=machine_line(facts))
     if report.json:
-        as_json({"model": rows[0]["model"], "replays": replays, **facts, "rows": compared})
+        more = {"milestones": judged} if suite else {}
+        as_json({"model": rows[0]["model"], "replays": replays, **facts, "rows": compared, **more})
     else:
         say(machine_line(facts))
         _print(compared, others=bool(others), replays=replays)
-    wrong = [row for row in rows if not row["ok"]]
+        if suite:
+            _print_milestones(judged)
+    wrong = [row for row in rows if not row["ok"] and row["kind"] != STEP]
     for row in wrong[:8]:
         title = f"{row['kind']} {row['name']} {row['size']}"
         warn(f"{title}: {row.get('problem') or 'the result is off by {:.2g}'.format(row.get('error', float('nan')))}")
+    if len(wrong) > 8:
+        warn(f"{len(wrong) - 8} more are wrong or failed")
     return GATE if wrong else OK
+
+
+def _print_milestones(judged: Sequence[dict[str, Any]]) -> None:
+    """Print what the milestones want and what was found."""
+    names = sorted({name for row in judged for name in row["peers"]})
+    columns = ["milestone", "size", "us", "found", "needed", "met", *names, "of a step"]
+    made = [
+        [
+            row["title"],
+            row["size"],
+            row["us"],
+            row["found"],
+            f"{'<=' if row['metric'] == 'us' else '>='} {row['need']:g}{_UNITS[row['metric']]}",
+            "yes" if row["met"] else "no" if row["ok"] else "WRONG",
+            *(row["peers"].get(name) for name in names),
+            row["step"],
+        ]
+        for row in judged
+    ]
+    met = sum(row["met"] for row in judged)
+    title = f"{met} of {len(judged)} milestones met; shares of the limit; peers: their time over ours"
+    table(columns, [cells(row) for row in made], title=title)
 
 
 def _print(rows: Sequence[dict[str, Any]], *, others: bool, replays: int) -> None:

@@ -1,7 +1,8 @@
 """Benchmarks of a model: one timed run for each repeat, rows that are kept, suites that go on, comparison, pictures."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 
 from omniserve import LLM, SamplingParams
 from omniserve.base.errors import CapacityError, ConfigError
+from omniserve.bench.kernels import milestones
+from omniserve.bench.kernels import run as kernels_run
 from omniserve.bench.kernels.cases import Sizes
 from omniserve.bench.results import Results, ratio, read_rows
 from omniserve.bench.throughput import WARM_UP, engine_runner, measure, random_prompts
@@ -149,7 +152,6 @@ def test_the_suite_of_contexts(run: Run, tmp_path: Path) -> None:
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU is played by the CPU: references at tiny sizes, ten microseconds each."""
-    from omniserve.bench.kernels import run as kernels_run
     from omniserve.cli import kernels as command
 
     sizes = Sizes(
@@ -163,7 +165,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "_need_gpu", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setattr("omniserve.bench.kernels.cases.COLD", 1.0)
-    monkeypatch.setattr(kernels_run, "gpu_sizes", lambda spec, dtype, tokens: sizes)
+    monkeypatch.setattr(kernels_run, "gpu_sizes", lambda wanted: sizes)
     monkeypatch.setattr(kernels_run, "microseconds", lambda calls, replays: 10.0)
 
 
@@ -193,6 +195,67 @@ def test_a_wrong_kernel_fails_the_command(run: Run, monkeypatch: pytest.MonkeyPa
     ran = run("bench", "kernels", "--only", "quantize", "--jobs", "1")
     assert ran.code == 4
     assert "quantize int8+sum 2: the result is off by 0" in ran.err
+
+
+@pytest.fixture
+def small_targets(card: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Milestones for lengths that a CPU does in a second."""
+    sizes = Sizes(
+        spec=kernels_run.spec_of("tiny"),
+        device=torch.device("cpu"),
+        dtype=torch.float16,
+        tokens=(1, 128),
+        decode=((1, 9000),),
+        prompts=((5, 70, None),),
+        wholes=(200,),
+    )
+    monkeypatch.setattr(kernels_run, "gpu_sizes", lambda wanted: sizes)
+    every = [replace(one, sizes=(0.0, float("inf"))) for one in milestones.MILESTONES]
+    monkeypatch.setattr(milestones, "MILESTONES", every[:2] + every[7:])
+    monkeypatch.setattr(milestones, "STEP_SIZE", "1 x 9000")
+
+
+@pytest.mark.usefixtures("small_targets")
+def test_targets(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    took: list[int] = []
+
+    def stopped(calls: Sequence[Any], replays: int) -> float:
+        if len(took) == 5:
+            raise KeyboardInterrupt
+        took.append(len(calls))
+        return 10.0
+
+    targets = ("bench", "kernels", "--suite", "targets", "--jobs", "1", "--no-peers")
+    monkeypatch.setattr(kernels_run, "microseconds", stopped)
+    assert run(*targets).code == 130
+    path = tmp_path / "bench-targets.json"
+    assert len(rows_in(path)) == 5
+    monkeypatch.setattr(kernels_run, "microseconds", lambda calls, replays: took.append(len(calls)) or 10.0)
+    ran = done(run(*targets, "--json"))
+    found = json.loads(ran.out)
+    assert len(took) == len(rows_in(path))
+    assert {row["machine"]["versions"]["torch"] for row in rows_in(path)} == {torch.__version__}
+    judged = {(one["title"], one["size"]): one for one in found["milestones"]}
+    assert {title for title, _ in judged} == {one.title for one in milestones.MILESTONES}
+    assert judged["W4A8 per channel", "128"]["met"] is False
+    assert judged["half streaming, 256", "200"]["found"] == 1.0
+    selector = judged["selector, bounds", "1 x 9000"]
+    assert (selector["found"], selector["met"]) == (10.0, True)
+    # 32 layers: four products, two norms, quantization, rotation, attention, a quarter of the choice; head, sampling
+    assert selector["step"] == pytest.approx(8 / (32 * 9 + 2 + 8))
+    again = done(run(*targets))
+    assert len(took) == len(rows_in(path))
+    assert "milestones met" in again.out
+    assert "<= 15 us" in again.out
+
+
+@pytest.mark.usefixtures("small_targets")
+def test_a_wrong_milestone_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omniserve.bench.kernels.run.TOLERANCE", -1.0)
+    ran = run("bench", "kernels", "--suite", "targets", "--jobs", "1", "--no-peers", "--only", "select bounds")
+    assert ran.code == 4
+    assert "WRONG" in ran.out
+    assert "select bounds 1 x 9000: the result is off by" in ran.err
 
 
 def test_results_are_read_back(tmp_path: Path) -> None:
@@ -237,6 +300,8 @@ REFUSED = {
     "model and shape": (["kernels", "m", "--shape", "llama-3-8b"], ["instead of MODEL"]),
     "replays": (["kernels", "--replays", "0"], ["--replays 0"]),
     "counts": (["kernels", "--tokens", "0,1"], ["--tokens 0"]),
+    "suite of another model": (["kernels", "m", "--suite", "targets"], ["MODEL m", "--suite targets", "leave it out"]),
+    "suite of other sizes": (["kernels", "--tokens", "1", "--suite", "targets"], ["--tokens 1", "leave it out"]),
     "no model": (["latency"], ["MODEL is missing"]),
     "length": (["latency", "m", "--input-len", "0"], ["--input-len=0"]),
     "tokens": (["latency", "m", "--output-len", "0"], ["--output-len=0"]),

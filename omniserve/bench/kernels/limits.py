@@ -30,12 +30,23 @@ class Work:
     half: float = 0.0
 
     def __add__(self, other: "Work") -> "Work":
-        """Return the work of both, one after the other, as far as one number can tell."""
+        """Return the work of both at once, as of one kernel."""
         return Work(bytes=self.bytes + other.bytes, int8=self.int8 + other.int8, half=self.half + other.half)
 
     def microseconds(self, card: Card) -> float:
         """Return the time that no kernel can beat."""
         return max(self.bytes / card.bandwidth, self.int8 / card.int8 + self.half / card.half) * 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class InTurn:
+    """Works one after the other: their times add up."""
+
+    works: "tuple[Work | InTurn, ...]"
+
+    def microseconds(self, card: Card) -> float:
+        """Return the time that no kernels can beat."""
+        return sum(work.microseconds(card) for work in self.works)
 
 
 WEIGHT_BYTES = {"w4a8-row": 0.5, "w4a8-g128": 0.5 + 2 / 128, "w8a8": 1.0, "w16a16": 2.0}

@@ -1,19 +1,20 @@
-"""What is measured of the pages: writing them, reading them, choosing them."""
+"""What is measured of the pages in a decode step: writing them, reading them, choosing them."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from omniserve.base.config import KVName, PageScores
 from omniserve.base.numbers import ceil_div
+from omniserve.base.spec import ModelSpec
 from omniserve.base.types import PAGE
 from omniserve.bench.kernels import limits
 from omniserve.bench.kernels.cases import Built, Calls, Case, Sizes, against, cold, error
 from omniserve.bench.kernels.limits import Work
+from omniserve.bench.kernels.peers import attention as peers_of
 from omniserve.formats.kv import LOGICAL, LayerPages, kv_format
 from omniserve.ops.batch import PageList, Reading, Rows, Visible, Workspace
 from omniserve.ops.dispatch import force_reference
@@ -23,7 +24,8 @@ from omniserve.ops.select import select_pages
 
 FORMS: tuple[KVName, ...] = ("kv4", "kv8", "kv16")
 
-SINK = 128
+SINK, LOCAL = 128, 256
+"""Positions that streaming heads see: the first ones, and the last."""
 
 CHOSEN = 64
 """Pages that a head reads: 4,096 tokens."""
@@ -64,6 +66,82 @@ def decode(sizes: Sizes) -> Iterator[Case]:
             work = limits.decode(size, rows, context, spec.heads, spec.kv_heads, spec.head_dim)
             build = _decode(name, rows, context, sizes, work.bytes)
             yield Case(kind="decode", name=name, size=f"{rows} x {context}", work=work, build=build)
+
+
+def lserve(sizes: Sizes) -> Iterator[Case]:
+    """Yield produced positions of LServe: half of the heads read chosen pages, the others sink and window."""
+    spec = sizes.spec
+    for name in FORMS:
+        size = kv_format(name, dtype=sizes.dtype).page_bytes(spec.head_dim)
+        for rows, context in _chosen(sizes):
+            read = PAGE * (CHOSEN + len(listed(ceil_div(context, PAGE), context - 1, LOCAL)))
+            work = limits.decode(size, rows, read, spec.heads // 2, spec.kv_heads // 2, spec.head_dim)
+            build = _lserve(name, rows, context, sizes, work.bytes)
+            yield Case(kind="decode", name=f"{name} lserve", size=f"{rows} x {context}", work=work, build=build)
+
+
+def listed(pages: int, first: int, local: int | None) -> Tensor:
+    """Return the logical pages that positions from `first` on read: all, or those of the sink and of the window."""
+    if local is None:
+        return torch.arange(pages)
+    opening = max(first - local + 1, 0) // PAGE
+    return torch.tensor([*range(min(opening, ceil_div(SINK, PAGE))), *range(opening, pages)])
+
+
+def _lserve(name: KVName, rows: int, context: int, sizes: Sizes, nbytes: float) -> Callable[[int | None], Built]:
+    spec, per = sizes.spec, ceil_div(context, PAGE)
+    half, like = _half(spec), _ints(sizes)
+    window = listed(per, context - 1, LOCAL)
+
+    def one() -> Callable[[], Tensor]:
+        store = store_of(name, rows * per, replace(sizes, spec=half))
+        table = torch.randperm(rows * per, device=sizes.device).int().view(rows, per)
+        drawn = torch.rand(rows, half.kv_heads, per, device=sizes.device)
+        drawn[..., 0] = drawn[..., -1] = 2  # these two are always read
+        chosen = drawn.topk(CHOSEN).indices.sort(-1).values
+        places = torch.randperm(spec.heads, device=sizes.device)
+        seen = window.to(sizes.device).expand(rows, -1)
+        lists = (chosen, Visible()), (seen, Visible(SINK, LOCAL))
+        groups = []
+        for part, (index, visible) in enumerate(lists):
+            pages = PageList(
+                ids=torch.gather(table[:, None].expand(-1, half.kv_heads, -1), 2, index)
+                if index.dim() == 3
+                else table.gather(1, index),
+                index=index.int(),
+                count=torch.full((rows,), index.shape[-1], **like),
+                slots=None,
+            )
+            heads = slice(part * half.heads, (part + 1) * half.heads)
+            reading = Reading(rows=range(rows), pages=pages, visible=visible)
+            groups.append(HeadGroup(heads=heads, to=places[heads], reads=(reading,), store=store))
+        q = torch.randn(rows, spec.heads, spec.head_dim, device=sizes.device, dtype=sizes.dtype)
+        out = torch.full_like(q, float("nan"))
+        whole = Rows(
+            cu_q=torch.arange(rows + 1, **like),
+            seq_len=torch.full((rows,), context, **like),
+            singles=rows,
+            longest=context,
+            cuts=cut_rows(torch.full((rows,), per, **like)),
+        )
+
+        def call() -> Tensor:
+            attend(q, tuple(groups), whole, out, Workspace(out=out), scale=spec.head_dim**-0.5)
+            return out
+
+        return call
+
+    def build(copies: int | None) -> Built:
+        calls: Calls = [one() for _ in range(cold(nbytes, copies, most=48))]
+
+        def check() -> float:
+            found = calls[0]().clone()
+            with force_reference():
+                return error(found, calls[0]())
+
+        return Built(calls=calls, check=check)
+
+    return build
 
 
 def _decode(name: KVName, rows: int, context: int, sizes: Sizes, nbytes: float) -> Callable[[int | None], Built]:
@@ -112,101 +190,7 @@ def _decode(name: KVName, rows: int, context: int, sizes: Sizes, nbytes: float) 
             with force_reference():
                 return error(found, made[0][1](count))
 
-        return Built(calls=[call for call, _ in made], check=check, peers=_torch(rows, 1, context, sizes, causal=False))
-
-    return build
-
-
-def _torch(rows: int, tokens: int, context: int, sizes: Sizes, *, causal: bool) -> dict[str, Callable[[], Calls]]:
-    """Return torch's attention over 16-bit keys and values that lie in one piece: its own choice, and cuDNN's."""
-    return {
-        "torch": lambda: _sdpa(rows, tokens, context, sizes, causal=causal),
-        "cudnn": lambda: _sdpa(rows, tokens, context, sizes, causal=causal, backends=[SDPBackend.CUDNN_ATTENTION]),
-    }
-
-
-def _sdpa(
-    rows: int, tokens: int, context: int, sizes: Sizes, *, causal: bool, backends: Sequence[SDPBackend] | None = None
-) -> Calls:
-    spec = sizes.spec
-    like: Any = {"device": sizes.device, "dtype": sizes.dtype}
-    nbytes = 4.0 * rows * context * spec.kv_heads * spec.head_dim
-
-    def one() -> Callable[[], Tensor]:
-        q = torch.randn(rows, spec.heads, tokens, spec.head_dim, **like)
-        k, v = (torch.randn(rows, spec.kv_heads, context, spec.head_dim, **like) for _ in range(2))
-        gqa = spec.heads != spec.kv_heads
-
-        def call() -> Tensor:
-            with contextlib.nullcontext() if backends is None else sdpa_kernel(list(backends)):
-                return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa)
-
-        return call
-
-    return [one() for _ in range(cold(nbytes, None, most=24))]
-
-
-def prompts(sizes: Sizes) -> Iterator[Case]:
-    """Yield the last positions of a prompt: all heads dense, or all of them with a window."""
-    spec = sizes.spec
-    for name in FORMS:
-        size = kv_format(name, dtype=sizes.dtype).page_bytes(spec.head_dim)
-        for tokens, context, local in sizes.prompts:
-            seen = limits.pairs(tokens, context, sink=SINK, local=local)
-            work = limits.prompt(size, seen, tokens, context, spec.heads, spec.kv_heads, spec.head_dim)
-            title = f"{name}{'' if local is None else f' window {local}'}"
-            build = _prompt(name, tokens, context, local, sizes)
-            yield Case(kind="prefill", name=title, size=f"{tokens} of {context}", work=work, build=build)
-
-
-def _listed(pages: int, first: int, local: int | None) -> Tensor:
-    """Return the logical pages that positions from `first` on read: all, or those of the sink and of the window."""
-    if local is None:
-        return torch.arange(pages)
-    opening = max(first - local + 1, 0) // PAGE
-    return torch.tensor([*range(min(opening, ceil_div(SINK, PAGE))), *range(opening, pages)])
-
-
-def _prompt(name: KVName, tokens: int, context: int, local: int | None, sizes: Sizes) -> Callable[[int | None], Built]:
-    spec = sizes.spec
-
-    def build(copies: int | None) -> Built:
-        per = ceil_div(context, PAGE)
-        store = store_of(name, per, sizes)
-        like: Any = {"device": sizes.device, "dtype": torch.int32}
-        rows = Rows(
-            cu_q=torch.tensor([0, tokens], **like),
-            seq_len=torch.tensor([context], **like),
-            singles=0,
-            longest=context,
-            chunks=(range(context - tokens, context),),
-        )
-        table = torch.randperm(per, device=sizes.device).int()
-        index = _listed(per, context - tokens, local)
-        pages = PageList(
-            ids=table[index][None],
-            index=None if local is None else index.to(device=sizes.device, dtype=torch.int32)[None],
-            count=torch.tensor([len(index)], **like),
-            slots=None,
-        )
-        visible = Visible() if local is None else Visible(SINK, local)
-        reading = Reading(rows=range(1), pages=pages, visible=visible)
-        group = HeadGroup(heads=slice(0, spec.heads), to=None, reads=(reading,), store=store)
-        q = torch.randn(tokens, spec.heads, spec.head_dim, device=sizes.device, dtype=sizes.dtype)
-        out = torch.full_like(q, float("nan"))
-
-        def call() -> Tensor:
-            attend(q, (group,), rows, out, Workspace(out=out), scale=spec.head_dim**-0.5)
-            return out
-
-        def check() -> float:
-            found = call().clone()
-            with force_reference():
-                return error(found, call())
-
-        square = tokens == context and local is None
-        peers = _torch(1, tokens, context, sizes, causal=True) if square else {}
-        return Built(calls=[call], check=check, peers=peers)
+        return Built(calls=[call for call, _ in made], check=check, peers=peers_of(rows, 1, context, sizes))
 
     return build
 
@@ -253,20 +237,33 @@ def _write(name: KVName, tokens: int, nbytes: int, sizes: Sizes) -> Callable[[in
 
 
 def selection(sizes: Sizes) -> Iterator[Case]:
-    """Yield the choice of 64 pages at produced positions that all choose: by keys, and by bounds."""
+    """Yield the choice of 64 pages for half of the heads at produced positions that all choose: by keys, by bounds."""
+    sizes = replace(sizes, spec=_half(sizes.spec))
     spec = sizes.spec
     choices: tuple[tuple[PageScores, KVName], ...] = (("keys", "kv4"), ("keys", "kv8"), ("bounds", "kv4"))
     for by, name in choices:
         key = kv_format(name, dtype=sizes.dtype).page_bytes(spec.head_dim) / 2
         each = key if by == "keys" else (PAGE // LOGICAL) * 2 * spec.head_dim * 2
-        for rows, context in sizes.decode:
-            pages = ceil_div(context, PAGE)
-            if pages < 2 * CHOSEN or rows * context > 1 << 20:
-                continue
-            moved = rows * pages * spec.kv_heads * each
+        for rows, context in _chosen(sizes):
+            moved = rows * ceil_div(context, PAGE) * spec.kv_heads * each
             title = f"{by} {name}" if by == "keys" else by
             build = _select(by, name, rows, context, moved, sizes)
             yield Case(kind="select", name=title, size=f"{rows} x {context}", work=Work(bytes=moved), build=build)
+
+
+def _ints(sizes: Sizes) -> Any:
+    return {"device": sizes.device, "dtype": torch.int32}
+
+
+def _half(spec: ModelSpec) -> ModelSpec:
+    return replace(spec, heads=spec.heads // 2, kv_heads=spec.kv_heads // 2)
+
+
+def _chosen(sizes: Sizes) -> list[tuple[int, int]]:
+    """Return rows and contexts at which choosing pages leaves some out, and whose statistics fit."""
+    return [
+        (rows, context) for rows, context in sizes.decode if context >= 2 * CHOSEN * PAGE and rows * context <= 1 << 20
+    ]
 
 
 def _select(

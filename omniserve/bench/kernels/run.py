@@ -2,15 +2,15 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
 
 import torch
 
-from omniserve.base.errors import CapacityError, ConfigError
 from omniserve.base.spec import ModelSpec
-from omniserve.bench.kernels import pages
-from omniserve.bench.kernels.cases import Calls, Case, Sizes, linears, rowwise
+from omniserve.bench.kernels import milestones, pages, prompts
+from omniserve.bench.kernels.cases import Calls, Case, Sizes, linears, products, rowwise
 from omniserve.bench.kernels.limits import CARDS, Card
 from omniserve.bench.kernels.timing import microseconds
 from omniserve.formats.dummy import CONFIGS
@@ -38,42 +38,69 @@ def spec_of(shape: str) -> ModelSpec:
     return family(CONFIGS[shape]).spec(CONFIGS[shape])
 
 
-def gpu_sizes(spec: ModelSpec, dtype: str, tokens: Sequence[int]) -> Sizes:
+WHOLES = (65536,)
+"""Tokens of whole prompts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What is asked for, as another process can be told it.
+
+    tokens   of a step
+    suite    True: the sizes and cases that the milestones ask for, and no others
+    only     parts of titles; none: all
+    """
+
+    spec: ModelSpec
+    dtype: str
+    tokens: Sequence[int]
+    suite: bool = False
+    only: Sequence[str] = ()
+
+
+def gpu_sizes(wanted: Wanted) -> Sizes:
     """Return the sizes of the cases on the GPU here."""
     return Sizes(
-        spec=spec,
+        spec=wanted.spec,
         device=torch.device("cuda"),
-        dtype=getattr(torch, dtype),
-        tokens=tokens,
-        decode=DECODE,
-        prompts=PROMPTS,
+        dtype=getattr(torch, wanted.dtype),
+        tokens=wanted.tokens,
+        decode=milestones.DECODE if wanted.suite else DECODE,
+        prompts=milestones.PROMPTS if wanted.suite else PROMPTS,
+        wholes=milestones.WHOLES if wanted.suite else WHOLES,
     )
 
 
-def cases(sizes: Sizes, only: Sequence[str]) -> Iterator[Case]:
-    """Yield the cases whose title holds one of these words, or all."""
-    for make in (pages.writes, rowwise, pages.selection, pages.decode, linears, pages.prompts):
+def cases(sizes: Sizes, only: Sequence[str], *, suite: bool = False) -> Iterator[Case]:
+    """Yield the cases whose title holds one of these words, or all; of a suite those that a milestone needs."""
+    makers = (
+        pages.writes, rowwise, pages.selection, pages.lserve, linears, products, pages.decode, prompts.prompts,
+        prompts.wholes,
+    )  # fmt: skip
+    for make in makers:
         for case in make(sizes):
+            if suite and not milestones.needed(case.kind, case.name, case.size):
+                continue
             if not only or any(word in case.title for word in only):
                 yield case
 
 
-def compile_ahead(spec: ModelSpec, dtype: str, tokens: Sequence[int], titles: Sequence[str], jobs: int) -> None:
+def compile_ahead(wanted: Wanted, titles: Sequence[str], jobs: int) -> None:
     """Run each case once, shared by processes: what they compile lies in Triton's cache on the disk afterwards."""
     context = get_context("spawn")
     shares = [titles[place::jobs] for place in range(jobs)]
-    running = [context.Process(target=_compile, args=(spec, dtype, tokens, share)) for share in shares if share]
+    running = [context.Process(target=_compile, args=(wanted, share)) for share in shares if share]
     for process in running:
         process.start()
     for process in running:
         process.join()
 
 
-def _compile(spec: ModelSpec, dtype: str, tokens: Sequence[int], titles: Sequence[str]) -> None:
+def _compile(wanted: Wanted, titles: Sequence[str]) -> None:
     load_kernels("cuda")
-    wanted = set(titles)
-    for case in cases(gpu_sizes(spec, dtype, tokens), ()):
-        if case.title in wanted:
+    mine = set(titles)
+    for case in cases(gpu_sizes(wanted), (), suite=wanted.suite):
+        if case.title in mine:
             try:
                 case.build(1).calls[0]()
                 torch.cuda.synchronize()
@@ -105,12 +132,8 @@ def measure(
                 name: one | ({"ratio": one["us"] / row["us"]} if "us" in one else {})
                 for name, one in peers[key].items()
             }
-    except (ConfigError, CapacityError, torch.OutOfMemoryError) as problem:
-        row |= {"ok": False, "problem": " ".join(str(problem).split())[:200]}
-    except RuntimeError as problem:
-        if "CUDA error" in str(problem):
-            raise
-        row |= {"ok": False, "problem": " ".join(str(problem).split())[:200]}
+    except Exception as problem:  # kernels raise what they like: the row tells it, and the next case runs
+        row |= {"ok": False, "problem": _words(problem)}
     return row
 
 
@@ -118,16 +141,34 @@ def _peer(make: Callable[[], Calls], replays: int) -> dict[str, Any]:
     """Return a peer's time, or why it has none."""
     try:
         return {"us": microseconds(make(), replays=replays)}
-    except RuntimeError as problem:
-        if "CUDA error" in str(problem):
-            raise
-        return {"problem": " ".join(str(problem).split())[:120]}
+    except Exception as problem:  # as above
+        return {"problem": _words(problem)}
 
 
-def run(todo: Sequence[Case], *, replays: int, peers: bool, on_row: Callable[[dict[str, Any]], None]) -> None:
-    """Measure the cases one after the other; weights are given back with the last case that shares them."""
-    card, left = CARDS.get(torch.cuda.get_device_name()), deque(todo)
+def _words(problem: Exception) -> str:
+    return " ".join(f"{type(problem).__name__}: {problem}".split())[:200]
+
+
+def _answers() -> bool:
+    """Whether the device still does, which it does not after an illegal access."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def run(left: deque[Case], *, replays: int, peers: bool, on_row: Callable[[dict[str, Any]], None]) -> None:
+    """Measure the cases one after the other and take them away; weights go with the last case that shares them.
+
+    Those stay that were not measured because the device answered no more.
+    """
+    card = CARDS.get(torch.cuda.get_device_name())
     known: dict[tuple[str, str, str], dict[str, Any]] | None = {} if peers else None
     while left:
-        on_row(measure(left.popleft(), card, replays=replays, peers=known))
+        row = measure(left.popleft(), card, replays=replays, peers=known)
+        on_row(row)
+        failed = "problem" in row or any("problem" in one for one in row.get("peers", {}).values())
+        if failed and not _answers():
+            return
         torch.cuda.empty_cache()
