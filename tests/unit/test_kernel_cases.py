@@ -11,6 +11,7 @@ from omniserve.bench.kernels import milestones, prompts
 from omniserve.bench.kernels import run as kernels_run
 from omniserve.bench.kernels.cases import Built, Case, Sizes, against_rows, error
 from omniserve.bench.kernels.limits import CARDS, Work
+from omniserve.bench.kernels.pages import other_pages
 from omniserve.bench.kernels.run import TOLERANCE, cases, run, spec_of
 from omniserve.bench.kernels.sums import sums
 from omniserve.ops.act import Act, ActFormat, Int8, quantize
@@ -175,6 +176,17 @@ def test_a_chunk_is_compared_at_its_ends_and_in_the_middle(monkeypatch: pytest.M
         spoilt = found.clone()
         spoilt[place] += 1
         assert prompt.error(q, positions, spoilt) > 0.1
+
+
+def test_other_pages_than_the_reference_chose() -> None:
+    index = torch.arange(8).int().view(1, 2, 4)
+    lists = index + 100, index, torch.tensor([4])
+    assert other_pages(lists, lists) == 0
+    swapped = index.clone()
+    swapped[0, 1, 3] = 9
+    assert other_pages((swapped + 100, swapped, lists[2]), lists) == pytest.approx(1 / 8)
+    assert other_pages((swapped + 100, index, lists[2]), lists) == pytest.approx(1 / 8)
+    assert other_pages((*lists[:2], torch.tensor([3])), lists) == 1
 
 
 def test_milestones_judge_rows() -> None:
