@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -350,15 +350,31 @@ class AsyncEngine:
     def _connected(self, transport: asyncio.Transport) -> None:
         self._transport = transport
 
-    def _take(self, message: FromEngine) -> None:
+    def _take(self, messages: Iterable[FromEngine]) -> None:
+        """Take in what came at once. What several steps brought for one request is handed out as one.
+
+        So a server that is behind catches up: text and events are made once per request instead of once per token.
+        """
         self._heard = time.monotonic()
+        outputs: dict[str, Output] = {}
+        for message in messages:
+            if not isinstance(message, Landed):
+                self._note(message)
+                continue
+            self._busy = message.stats.running + message.stats.waiting > 0
+            if self._on_landed is not None:
+                self._on_landed(message)
+            for output in message.outputs:
+                earlier = outputs.pop(output.request, None)
+                if earlier is not None and output.finish in ("error", "abort"):  # what came before is still an answer
+                    self._hand_out(earlier)
+                    earlier = None
+                outputs[output.request] = output if earlier is None else joined(earlier, output)
+        for output in outputs.values():
+            self._hand_out(output)
+
+    def _note(self, message: FromEngine) -> None:
         match message:
-            case Landed():
-                self._busy = message.stats.running + message.stats.waiting > 0
-                if self._on_landed is not None:
-                    self._on_landed(message)
-                for output in message.outputs:
-                    self._hand_out(output)
             case View():
                 self.view, self._looking = message, False
             case Refused(name, sentence, user):
@@ -474,6 +490,21 @@ def joined(first: Output, second: Output) -> Output:
     )
 
 
+def apart(output: Output) -> Iterator[Output]:
+    """Yield an output token by token, as it was before it was joined."""
+    if len(output.new_tokens) < 2:
+        yield output
+        return
+    last = len(output.new_tokens) - 1
+    for place, token in enumerate(output.new_tokens):
+        yield output._replace(
+            new_tokens=(token,),
+            finish=output.finish if place == last else None,
+            logprobs=output.logprobs[place : place + 1],
+            prompt_logprobs=None if place else output.prompt_logprobs,
+        )
+
+
 class _Wire(asyncio.Protocol):
     """Cuts the engine's bytes into messages."""
 
@@ -487,8 +518,7 @@ class _Wire(asyncio.Protocol):
         self._engine._connected(transport)
 
     def data_received(self, data: bytes) -> None:
-        for one in self._frames.feed(data):
-            self._engine._take(self._decoder.decode(one))
+        self._engine._take([self._decoder.decode(one) for one in self._frames.feed(data)])
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._engine._lost()

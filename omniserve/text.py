@@ -61,6 +61,7 @@ class Tokenizer:
         self.vocab = max(core.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.special_ids = frozenset(i for i, token in core.get_added_tokens_decoder().items() if token.special)
         self.template = template
+        self._texts: dict[int, str] = {}
 
     def files(self, *, max_model_len: int | None = None) -> dict[str, bytes]:
         """Return the files of a Hugging Face folder that say the same as this tokenizer, by name.
@@ -144,6 +145,13 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Return the text of `ids`; ids beyond the vocabulary have none."""
         return self._core.decode(list(ids), skip_special_tokens=skip_special)
+
+    def decode_one(self, token: int) -> str:
+        """Return the text of one token, special or not; each is decoded once and kept."""
+        text = self._texts.get(token)
+        if text is None:
+            text = self._texts[token] = self._core.decode([token], skip_special_tokens=False)
+        return text
 
     def render(
         self,
@@ -496,7 +504,7 @@ class Detokenizer:
         piece = text[self._sent : safe]
         if text and safe == len(text):
             self._context, self._fresh, self._sent = self._fresh, [], 0
-            self._before = self._tokenizer.decode(self._context, skip_special=False)
+            self._before = self._alone(self._context)
         else:
             self._sent = max(self._sent, safe)
         return piece
@@ -507,7 +515,13 @@ class Detokenizer:
         self._context, self._before, self._fresh, self._sent = [], "", [], 0
         return piece
 
+    def _alone(self, ids: list[int]) -> str:
+        # Mostly it is one token, for every token of every answer.
+        return self._tokenizer.decode_one(ids[0]) if len(ids) == 1 else self._tokenizer.decode(ids, skip_special=False)
+
     def _text(self) -> str:
+        if not self._context:
+            return self._alone(self._fresh)
         return self._tokenizer.decode(self._context + self._fresh, skip_special=False)[len(self._before) :]
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from omniserve.base import log
 from omniserve.base.config import Sparsity
 from omniserve.base.types import FinishReason, Output, TokenLogprobs, Usage
+from omniserve.client import apart
 from omniserve.engine.process import Add
 from omniserve.server.errors import INTERNAL, ApiError, from_exception
 
@@ -72,17 +73,20 @@ class Choice:
     def take(self, output: Output | Exception) -> None:
         """Take what comes from the engine. What fails on the way to a text is this answer's failure and no other's."""
         try:
-            self._take(output)
+            if isinstance(output, Exception):
+                self.reply.fail(output)
+            elif self.request.sampling.stop:  # which token ends an answer must not depend on how many came at once
+                for one in apart(output):
+                    self._take(one)
+            else:
+                self._take(output)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic of the tokenizers library is no Exception
             _LOG.error("answer failed %s", log.fields(id=self.reply.id, error=type(error).__name__), exc_info=True)
             self.reply.fail(ApiError(500, INTERNAL))
 
-    def _take(self, output: Output | Exception) -> None:
-        if isinstance(output, Exception):
-            self.reply.fail(output)
-            return
+    def _take(self, output: Output) -> None:
         if self.closed:
             return
         now = time.monotonic()

@@ -79,7 +79,6 @@ class Service:
         self.dialect: Dialect | None = None
         self.reasons = False
         self._defaults: Mapping[str, Any] = {}
-        self._texts: dict[int, str] = {}
         self._choices: dict[str, Choice] = {}
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="tokenizer")
         self._ticking: asyncio.Task[None] | None = None
@@ -167,9 +166,7 @@ class Service:
 
     def text(self, token: int) -> str:
         """Return the text of one token."""
-        if token not in self._texts:
-            self._texts[token] = self.tokenizer.decode([token], skip_special=False)
-        return self._texts[token]
+        return self.tokenizer.decode_one(token)
 
     def accept(self) -> None:
         """Raise ApiError 503 unless requests are taken in."""

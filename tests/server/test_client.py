@@ -1,6 +1,8 @@
 """The engine in its own process, for asyncio: outputs, aborts, refusals, its death. No server, no model."""
 
 import asyncio
+import functools
+import itertools
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,22 @@ import pytest
 from omniserve.base.config import Options
 from omniserve.base.errors import OmniserveError, RequestError
 from omniserve.base.types import Output, SamplingParams, TokenLogprobs, Usage
-from omniserve.client import AsyncEngine, EngineDeadError, LoadError, StepError, _Outputs, joined, listen
+from omniserve.client import (
+    AsyncEngine,
+    EngineDeadError,
+    LoadError,
+    LogitsError,
+    StepError,
+    _Outputs,
+    _Wire,
+    apart,
+    joined,
+    listen,
+)
 from omniserve.engine.process import Add, Frames, Landed, Null, Stats, frame
+from omniserve.formats.dummy import CONFIGS, DummySource
+from omniserve.server.answers import Choice, Prompt, Reply
+from omniserve.text import Tokenizer
 from tests.server.engines import command
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=50)
@@ -42,7 +58,7 @@ def test_generate() -> None:
         assert ready is not None
         assert (ready.vocab, ready.config.limits.max_seqs) == (256, 4)
         outputs = [output async for output in made.generate([1, 2, 3], GREEDY)]
-        assert [len(output.new_tokens) for output in outputs] == [1] * 50
+        assert [len(output.new_tokens) for output in apart_all(outputs)] == [1] * 50
         assert outputs[-1].finish == "length"
         assert outputs[-1].usage == Usage(prompt_tokens=3, completion_tokens=50)
         many = await asyncio.gather(*(collect(made, n) for n in range(9)))
@@ -53,6 +69,11 @@ def test_generate() -> None:
         return sum([len(output.new_tokens) async for output in made.generate([number + 1], GREEDY)])
 
     running(test, engine())
+
+
+def apart_all(outputs: list[Output]) -> list[Output]:
+    """A machine that is busy brings several tokens at once."""
+    return [one for output in outputs for one in apart(output)]
 
 
 def test_closing_or_cancelling_aborts() -> None:
@@ -155,6 +176,66 @@ def test_a_slow_reader_gets_several_outputs_as_one() -> None:
     asyncio.run(main())
     first = Output(request="a", new_tokens=(), finish=None, usage=usage, prompt_logprobs=(entry,))
     assert joined(first, output(1)).prompt_logprobs == (entry,)
+
+
+@pytest.mark.parametrize("cuts", [[], [2], [1, 2, 3, 4, 5]])
+def test_a_stop_string_ends_an_answer_however_its_tokens_come(cuts: list[int]) -> None:
+    """Tokens behind it are neither counted nor listed, and none of the first min_tokens is looked at."""
+    tokenizer = Tokenizer.load(DummySource("tiny", CONFIGS["tiny"], {}))
+    ids = tokenizer.encode("ABABCD", special=False)
+    assert len(ids) == 6
+    params = SamplingParams(stop=("B",), min_tokens=3, logprobs=0)
+    reply = Reply(
+        prefix="a", model="m", stream=True, n=1, logprobs=0,
+        on_first=lambda choice: None, on_gap=lambda gap, tokens: None, on_end=lambda choice: None,
+        abort=lambda ids: None,
+    )  # fmt: skip
+    choice = Choice(reply, 0, Prompt(text=None, ids=[1]), Add(id="a", tokens=[1], sampling=params, limit=9), tokenizer)
+    reply.add(choice)
+    for begin, end in itertools.pairwise([0, *cuts, 6]):
+        outputs = [produced("a", ids[place], "length" if place == 5 else None) for place in range(begin, end)]
+        choice.take(functools.reduce(joined, outputs))
+    assert (choice.finish, choice.tokens) == ("stop", 4)
+    assert "".join(piece.text for piece in choice.pieces) == "ABA"
+    assert [entry.token for piece in choice.pieces for entry in piece.logprobs] == ids[:4]
+
+
+NOTHING = Stats(0, 0, 0, 0, 0, {}, {})
+
+
+def landed(*outputs: Output) -> bytes:
+    return bytes(frame(Landed(outputs=list(outputs), tokens=1, admitted=[], stats=NOTHING)))
+
+
+def produced(name: str, token: int, finish: Any = None, fault: Any = None) -> Output:
+    usage = Usage(prompt_tokens=1, completion_tokens=token)
+    entry = TokenLogprobs(token=token, logprob=-1.0, rank=1)
+    return Output(request=name, new_tokens=(token,), finish=finish, usage=usage, logprobs=(entry,), fault=fault)
+
+
+def test_steps_that_come_together_are_handed_out_as_one() -> None:
+    """A server that is behind must not pay for every token; an answer that fails keeps what came before."""
+    steps: list[Landed] = []
+    made = AsyncEngine(None, Options(), null=Null(step_seconds=1.0), on_landed=steps.append)
+    got: dict[str, list[Any]] = {name: [] for name in "abc"}
+    made._sinks = {name: found.append for name, found in got.items()}
+    data = landed(*(produced(name, 1) for name in "abc"))
+    data += landed(produced("a", 2), produced("b", 2, "length"), produced("c", 2))
+    data += landed(produced("a", 3), produced("c", 3, "error", "logits"))
+    _Wire(made).data_received(data)
+    assert len(steps) == 3
+    assert [one.new_tokens for one in got["a"]] == [(1, 2, 3)]
+    assert [entry.token for entry in got["a"][0].logprobs] == [1, 2, 3]
+    assert got["a"][0].usage.completion_tokens == 3
+    assert [(one.new_tokens, one.finish) for one in got["b"]] == [((1, 2), "length")]
+    assert got["c"][0].new_tokens == (1, 2)
+    assert isinstance(got["c"][1], LogitsError)
+    assert list(made._sinks) == ["a"]
+    singles = list(apart(got["b"][0]))
+    assert [(one.new_tokens, one.finish, len(one.logprobs)) for one in singles] == [
+        ((1,), None, 1),
+        ((2,), "length", 1),
+    ]
 
 
 def test_frames_however_they_are_cut() -> None:

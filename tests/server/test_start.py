@@ -41,7 +41,7 @@ def test_the_server_process_stays_small(served: Served, smollm2: Path) -> None:
     assert "libtorch" not in Path(f"/proc/{server.process.pid}/maps").read_text()
     assert "libtorch" in Path(f"/proc/{server.engine}/maps").read_text()
     assert server.memory() < RESIDENT
-    phases = {phase: server.metric("startup_seconds", phase=phase) for phase in ("open", "load", "warmup")}
+    phases = {phase: server.metric("startup_seconds", phase=phase) for phase in ("open", "load", "prepare", "warmup")}
     assert all(seconds > 0 for seconds in phases.values()), phases
     assert server.stop(signal.SIGINT) == 130
     assert "Traceback" not in server.log

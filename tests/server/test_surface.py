@@ -4,7 +4,9 @@ import re
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
+from omniserve.server.metrics import Tally
 from tests.server.harness import Server, check_error, events
 
 FOX = "The quick brown fox jumps over"
@@ -256,6 +258,24 @@ def test_metrics(served: Server) -> None:
         if line.startswith("omniserve:"):
             assert 'model_name="tiny"' in line
             assert "_created" not in line
+
+
+def test_a_tally_says_what_a_histogram_says() -> None:
+    ours, theirs = CollectorRegistry(), CollectorRegistry()
+    edges = (0.001, 0.01, 1.0)
+    tally = Tally("m:gap_seconds", "text", "x", edges)
+    ours.register(tally)
+    made = Histogram("m:gap_seconds", "text", ["model_name"], buckets=edges, registry=theirs).labels("x")
+    assert generate_latest(ours) == re.sub(rb".*_created.*\n", b"", generate_latest(theirs))
+    for value, times in ((0.0005, 1), (0.001, 2), (0.002, 3), (1.5, 1), (1.0, 2)):
+        tally.add(value, times)
+        for _ in range(times):
+            made.observe(value)
+    said, expected = (
+        {line.rsplit(b" ", 1)[0]: float(line.rsplit(b" ", 1)[1]) for line in text.splitlines() if line[:1] != b"#"}
+        for text in (generate_latest(ours), generate_latest(theirs))
+    )
+    assert said == pytest.approx({name: value for name, value in expected.items() if b"_created" not in name})
 
 
 def test_prefixes_are_shared_by_salt_only(served: Server) -> None:
