@@ -36,6 +36,7 @@ class DecodeGraphs:
     step  from numbers on the device to logits [R, V], without a look from the host
     idle  slot, position and prompt length of a row that only pads
     beside  others that never run at the same time: the memory of both is one
+    on_done  called as on_done(captured, all) after each capture
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class DecodeGraphs:
         most: int,
         device: torch.device,
         beside: "DecodeGraphs | None" = None,
+        on_done: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self._idle = idle
         self._device = device
@@ -65,6 +67,7 @@ class DecodeGraphs:
             logits = torch.as_tensor(_Lent(made))
             del made
             self._graphs[size] = graph, places, logits, numbers
+            on_done(len(self._graphs), len(self._sizes))
 
     @property
     def most(self) -> int:

@@ -2,8 +2,9 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -158,8 +159,12 @@ class Runner:
         return self._draw(step.works, hidden, assembled, tuple(scored))
 
     @torch.inference_mode()
-    def prepare(self, *, graphs: bool) -> None:
-        """Run steps of no request, so that no kernel is compiled, and no graph captured, within one."""
+    def prepare(self, *, graphs: bool, on_done: Callable[[str, int, int], None] | None = None) -> None:
+        """Run steps of no request, so that no kernel is compiled, and no graph captured, within one.
+
+        on_done  called as on_done(phase, done, total): kernels by steps that have run, graphs by captures
+        """
+        on_done = on_done or (lambda phase, done, total: None)
         model, idle, most = self.model, self.assembler.idle, self._work.out.shape[0]
         longest = self._max_len
         sizes = sorted({most} | {min(size + odd, most) for size in PROMPTS for odd in (0, 1)})
@@ -170,16 +175,19 @@ class Runner:
         end = min(longest, LENGTHS[0])
         far = _idle_work(idle, end, (longest - end) // TILE * TILE)
         batches += [[far] * min(rows, most // end) for rows in (1, min(idle, ROWS[-1]))]
-        for works in batches:
+        for done, works in enumerate(batches, 1):
             assembled = self.assembler.assemble(Step(works=tuple(works)), self._work)
             hidden = model.hidden(assembled.batch, self.stores)
             model.logits(hidden[list(assembled.ends)])
             if len(hidden) == most:  # what a step takes at most: all its tokens, and a draw for every sequence
                 warm(model.logits(hidden[:idle]))
             del hidden
+            on_done("kernels", done, len(batches))
         if graphs:
             row, few = (idle, 0, 0), min(idle, KEEPING)
-            self._graphs = DecodeGraphs(self._produce, row, most=idle, device=self._device)
+            self._graphs = DecodeGraphs(
+                self._produce, row, most=idle, device=self._device, on_done=partial(on_done, "graphs")
+            )
             if self.assembler.keeps([1], [0]):
                 self._keeping = DecodeGraphs(self._keep, row, most=few, device=self._device, beside=self._graphs)
 
