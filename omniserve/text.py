@@ -539,6 +539,8 @@ class StopFinder:
 
     def push(self, text: str) -> str:
         """Return text that no stop string can begin in; nothing more once one was found."""
+        if not self._stop:
+            return text
         if self.found is not None:
             return ""
         self._held += text

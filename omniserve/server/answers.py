@@ -109,7 +109,7 @@ class Choice:
         if self.finish is not None:
             self.pieces[-1].finish = self.finish
             reply.ended(self)
-        elif reply.stream:
+        elif reply.stream and not reply.on_pieces():
             reply.wake.set()
 
     def _keep(self, piece: Piece) -> None:
@@ -130,6 +130,7 @@ class Reply:
     abort                     drops requests of the engine
     engine_stats              the engine's sparsity, if the answer is to tell what it took
     traceparent               of the request, for spans (`tracing.py`)
+    on_pieces                 is told that there are pieces to read; returns whether it has read them
     wake                      is set when there is something to read: pieces, the end, an error, a ping to send
     """
 
@@ -151,6 +152,7 @@ class Reply:
     created: int = field(default_factory=lambda: int(time.time()))
     arrival: float = field(default_factory=time.monotonic)
     choices: list[Choice] = field(default_factory=list)
+    on_pieces: Callable[[], bool] = lambda: False
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     error: ApiError | None = None
     open: int = 0

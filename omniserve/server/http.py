@@ -8,10 +8,42 @@ from http import HTTPStatus
 from typing import Any
 
 import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from omniserve.base.serving import ServerLimits
 from omniserve.server.errors import ApiError
+
+
+CHUNKS = "chunks"
+"""Key of a request's `Chunks` in the state of its scope."""
+
+
+class Chunks:
+    """Writes parts of one answer's body past ASGI: for a token, that takes a third of the time.
+
+    free  whether a part can be written now: the answer has begun, in chunks (HTTP/1.1), and its reader keeps up
+    """
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._chunked = cycle.scope["http_version"] == "1.1"
+
+    @property
+    def free(self) -> bool:
+        cycle = self._cycle
+        return (
+            self._chunked
+            and cycle.response_started
+            and not (cycle.response_complete or cycle.disconnected or cycle.flow.write_paused)
+            and not cycle.transport.is_closing()
+        )
+
+    def write(self, data: bytes) -> None:
+        """Write a part, which must not be empty, as h11 frames it. A connection that fails is cut, as if hung up."""
+        try:
+            self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        except OSError:
+            self._cycle.transport.abort()
 
 
 class Connection(H11Protocol):
@@ -40,6 +72,8 @@ class Connection(H11Protocol):
     def handle_events(self) -> None:
         """Take in what the bytes say."""
         super().handle_events()
+        if self.cycle is not None and CHUNKS not in self.cycle.scope["state"]:
+            self.cycle.scope["state"][CHUNKS] = Chunks(self.cycle)
         if self.conn.their_state is not h11.IDLE:
             self._disarm()
 

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol
 
 import msgspec
@@ -15,6 +16,7 @@ from omniserve.base.numbers import ceil_div
 from omniserve.base.types import PAGE, Kind, TokenLogprobs
 from omniserve.server.answers import Choice, Piece, Reply
 from omniserve.server.calls import Dialect, Listener, Said
+from omniserve.server.http import CHUNKS, Chunks
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
@@ -327,7 +329,11 @@ async def until_done(reply: Reply, receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """An answer as server-sent events, written as it comes. When the client goes, what is under way is dropped."""
+    """An answer as server-sent events, written as it comes. When the client goes, what is under way is dropped.
+
+    What a step brings is written by whoever brings it, if the connection takes it at once; else, and at the ends of the
+    stream, by this response's own task.
+    """
 
     media_type = "text/event-stream"
 
@@ -337,6 +343,10 @@ class EventStream(Response):
         self._reply = reply
         self._form = form
         self._on_done = on_done
+        self._head = form.head(reply)
+        self._tail = b'],"usage":null}\n\n' if reply.include_usage else b"]}\n\n"
+        self._begun: set[int] = set()
+        self._sending = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
@@ -344,40 +354,57 @@ class EventStream(Response):
         watcher = asyncio.create_task(_hang_up(receive, reply))
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            chunks = scope["state"].get(CHUNKS)
+            if chunks is not None:
+                reply.on_pieces = partial(self._at_once, chunks)
             await self._write(send)
         finally:
             reply.close()
             await _ended(watcher)
             self._on_done()
 
+    def _at_once(self, chunks: Chunks) -> bool:
+        """Write what there is; False if the connection does not take it now."""
+        if self._sending or not chunks.free:
+            return False
+        if lines := self._lines():
+            chunks.write(b"".join(lines))
+            self._reply.sent = time.monotonic()
+        return True
+
     async def _write(self, send: Send) -> None:
-        reply, form = self._reply, self._form
-        head = form.head(reply)
-        begun: set[int] = set()
-        plain_tail = b'],"usage":null}\n\n' if reply.include_usage else b"]}\n\n"
+        reply = self._reply
         more = True
         while more:
             await reply.wake.wait()
             reply.wake.clear()
             more = reply.open > 0
-            lines: list[bytes] = []
-            for choice in reply.choices:
-                if not choice.pieces:
-                    continue
-                for chunk, piece in form.chunks(choice, choice.index not in begun):
-                    tail = plain_tail
-                    if reply.continuous_usage:
-                        tail = b'],"usage":' + _json(_usage_at(reply, choice, piece)) + b"}\n\n"
-                    lines += (head, chunk, tail)
-                begun.add(choice.index)
+            lines = self._lines()
             if not more:
-                lines.append(self._end(head))
+                lines.append(self._end(self._head))
             elif not lines and reply.ping:
                 lines.append(PING)
             reply.ping = False
             if lines:
+                self._sending = True
                 await send({"type": "http.response.body", "body": b"".join(lines), "more_body": more})
+                self._sending = False
                 reply.sent = time.monotonic()
+
+    def _lines(self) -> list[bytes]:
+        """Return the chunks that make up what was not taken yet."""
+        reply, form = self._reply, self._form
+        lines: list[bytes] = []
+        for choice in reply.choices:
+            if not choice.pieces:
+                continue
+            for chunk, piece in form.chunks(choice, choice.index not in self._begun):
+                tail = self._tail
+                if reply.continuous_usage:
+                    tail = b'],"usage":' + _json(_usage_at(reply, choice, piece)) + b"}\n\n"
+                lines += (self._head, chunk, tail)
+            self._begun.add(choice.index)
+        return lines
 
     def _end(self, head: bytes) -> bytes:
         reply = self._reply

@@ -24,6 +24,20 @@ from tests.server.load import run
 LETTERS = {"prompt": [1, 2, 3], "temperature": 0, "ignore_eos": True}
 
 
+def test_streams_of_old_clients_come_without_chunks(null: Server) -> None:
+    """HTTP/1.0 knows none: its events are the same, one after another, until the connection is closed."""
+    request = request_bytes("/v1/completions", {**LETTERS, "max_tokens": 50, "stream": True})
+    old = answer_of(null.raw(request.replace(b"HTTP/1.1", b"HTTP/1.0")))
+    head, _, body = old.partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head.lower()
+    assert body.startswith(b"data: ")
+    assert body.endswith(b"data: [DONE]\n\n")
+    texts = [event["choices"][0]["text"] for event in events(iter(body.decode().splitlines()))]
+    new = [event["choices"][0]["text"] for event in null.stream("/v1/completions", {**LETTERS, "max_tokens": 50})]
+    assert "".join(texts) == "".join(new)
+    assert len("".join(new)) == 50
+
+
 # Row 26
 
 
