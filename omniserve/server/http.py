@@ -13,16 +13,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 from omniserve.base.serving import ServerLimits
 from omniserve.server.errors import ApiError
 
-
 CHUNKS = "chunks"
 """Key of a request's `Chunks` in the state of its scope."""
 
 
 class Chunks:
-    """Writes parts of one answer's body past ASGI: for a token, that takes a third of the time.
-
-    free  whether a part can be written now: the answer has begun, in chunks (HTTP/1.1), and its reader keeps up
-    """
+    """Writes parts of one answer's body past ASGI: for a token, that takes a third of the time."""
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle = cycle
@@ -30,6 +26,7 @@ class Chunks:
 
     @property
     def free(self) -> bool:
+        """Whether a part can be written now: the answer has begun, in chunks (HTTP/1.1), and its reader keeps up."""
         cycle = self._cycle
         return (
             self._chunked
