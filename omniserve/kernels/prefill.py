@@ -20,7 +20,7 @@ from omniserve.base.numbers import ceil_div, power_of_two
 from omniserve.base.types import PAGE
 from omniserve.kernels.codes import halves
 from omniserve.kernels.device import GLUON, INTERPRETED, architecture, need, processors
-from omniserve.kernels.plan import BLOCK, FIELDS, QUERIES
+from omniserve.kernels.plan import BLOCK, FIELDS, QUERIES, check_lists
 from omniserve.ops.batch import Reading, Rows
 from omniserve.ops.pages import HeadGroup
 
@@ -443,7 +443,7 @@ def gather(prompts: Prompts, k: Tensor, v: Tensor, plan: Tensor, heads: range) -
     rowwise, places = pages.slots is None, prompts.room.places
     ids = pages.ids[past] if rowwise else pages.ids
     index = None if pages.index is None else pages.index[past] if rowwise else pages.index
-    assert ids.stride(-1) == 1 and (index is None or index.stride() == ids.stride()), (ids.stride(), ids.shape)
+    check_lists(ids, index)
     seq_len, cu_q = prompts.rows.seq_len[run.start : run.stop], prompts.rows.cu_q[run.start : run.stop + 1]
     flags = gather_constants(
         store.head_dim, store.format.bits, slots=not rowwise, listed=places > 0,

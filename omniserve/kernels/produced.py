@@ -23,6 +23,7 @@ from omniserve.base.types import PAGE
 from omniserve.formats.kv import LayerPages
 from omniserve.kernels.combine import combine_kernel
 from omniserve.kernels.device import INTERPRETED, architecture, need, pdl, processors
+from omniserve.kernels.plan import check_lists
 from omniserve.kernels.runs import attend_kernel
 from omniserve.ops.batch import FEW, MOST_PIECES, PIECE, RUN, Reading, Rows, Visible
 from omniserve.ops.pages import HeadGroup, cut_rows, pieces_of
@@ -76,7 +77,7 @@ class _Side:
         rowwise = pages.slots is None
         ids = pages.ids[past] if rowwise else pages.ids
         index = None if pages.index is None else pages.index[past] if rowwise else pages.index
-        assert ids.stride(-1) == 1 and (index is None or index.stride() == ids.stride()), (ids.stride(), ids.shape)
+        check_lists(ids, index)
         count = pages.count[past]
         assert count.is_contiguous() and q.device == ids.device
         places = pieces_of(ids.shape[-1], PIECE if index is None else LISTED_PIECE)

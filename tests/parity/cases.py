@@ -308,6 +308,17 @@ def attend() -> Iterator[tuple[str, Args]]:
         HeadGroup(heads=slice(2, 6), to=None, reads=(plain,), store=second),
     )
     yield _attended("two groups in order", torch.randn(4, 6, 32, generator=_generator(4)).half(), groups, rows)
+    # A row alone with one key head: torch gives dims of one number any stride.
+    index = torch.tensor([[[0, 2, 3, 0, 0, 0, 0]]], dtype=torch.int32)[..., :3]
+    for tokens in (1, 3):
+        rows = _rows_of((200,), (tokens,))
+        ids = torch.gather(table[1:2, None], 2, index.long())
+        listed = PageList(ids=ids, index=index, count=torch.tensor([3], dtype=torch.int32), slots=None)
+        assert ids.stride() != index.stride()
+        alone = Reading(rows=range(1), pages=listed, visible=Visible())
+        group = HeadGroup(heads=slice(0, 2), to=None, reads=(alone,), store=first)
+        q = torch.randn(tokens, 2, 32, generator=_generator(5)).half()
+        yield _attended(f"one row, one head, {tokens} tokens, chosen pages", q, (group,), rows)
 
 
 def cut_rows() -> Iterator[tuple[str, Args]]:
