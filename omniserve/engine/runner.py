@@ -175,6 +175,13 @@ class Runner:
         end = min(longest, LENGTHS[0])
         far = _idle_work(idle, end, (longest - end) // TILE * TILE)
         batches += [[far] * min(rows, most // end) for rows in (1, min(idle, ROWS[-1]))]
+        if graphs:  # first: a capture gives back all memory that torch keeps for later, and the plan would not count it
+            row, few = (idle, 0, 0), min(idle, KEEPING)
+            self._graphs = DecodeGraphs(
+                self._produce, row, most=idle, device=self._device, on_done=partial(on_done, "graphs")
+            )
+            if self.assembler.keeps([1], [0]):
+                self._keeping = DecodeGraphs(self._keep, row, most=few, device=self._device, beside=self._graphs)
         for done, works in enumerate(batches, 1):
             assembled = self.assembler.assemble(Step(works=tuple(works)), self._work)
             hidden = model.hidden(assembled.batch, self.stores)
@@ -183,13 +190,6 @@ class Runner:
                 warm(model.logits(hidden[:idle]))
             del hidden
             on_done("kernels", done, len(batches))
-        if graphs:
-            row, few = (idle, 0, 0), min(idle, KEEPING)
-            self._graphs = DecodeGraphs(
-                self._produce, row, most=idle, device=self._device, on_done=partial(on_done, "graphs")
-            )
-            if self.assembler.keeps([1], [0]):
-                self._keeping = DecodeGraphs(self._keep, row, most=few, device=self._device, beside=self._graphs)
 
     def _decode(self, works: Sequence[Work]) -> tuple[Tensor, Tensor]:
         """Return the logits [R, V] of works of one produced position each, and their slots on the device."""
