@@ -3,7 +3,9 @@
 A tokenizer comes from the metadata of a GGUF file or from the tokenizer.json of a Hugging Face folder.
 """
 
+import itertools
 import json
+import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +117,7 @@ class Tokenizer:
             source = open_checkpoint(source)
         template = None if chat_template is None else _read_template(Path(chat_template))
         if isinstance(source, DummySource):
-            return _of_bytes(template)
+            return _made_up(source.config, template)
         if isinstance(source, GGUFSource):
             return _from_gguf(source, template, max_prompt_bytes)
         return _from_folder(source.path, source.config, template, max_prompt_bytes)
@@ -204,10 +206,19 @@ def _read_template(path: Path) -> str:
         raise ConfigError(f"chat_template={str(path)!r}: is not UTF-8 text") from None
 
 
-def _of_bytes(template: str | None) -> Tokenizer:
-    """Return the tokenizer of dummy weights: a token for each byte, none that ends an answer."""
-    alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    core = tokenizers.Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+def _made_up(config: Mapping[str, object], template: str | None) -> Tokenizer:
+    """Return the tokenizer of dummy weights: a token for each byte, the others made-up words, none ends an answer.
+
+    A text is encoded byte by byte; what such a model produces is words, so that streams flow as those of a real one.
+    """
+    texts = sorted(pre_tokenizers.ByteLevel.alphabet())
+    size = max(int(str(config["vocab_size"])) - len(texts), 0)
+    texts += [
+        "Ġ" + "".join(letters)
+        for letters in itertools.islice(itertools.product(string.ascii_lowercase, repeat=4), size)
+    ]
+    vocab = {text: number for number, text in enumerate(texts)}
+    core = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     return Tokenizer(core, words={}, add_bos=False, eos_ids=frozenset(), template=template)
@@ -495,7 +506,8 @@ class Detokenizer:
 
     def push(self, ids: Sequence[int]) -> str:
         """Return the text that these tokens complete."""
-        fresh = [token for token in ids if token not in self._skip]
+        # An id that the tokenizer does not know has no text, and would be decoded again with every token after it.
+        fresh = [token for token in ids if token not in self._skip and token < self._tokenizer.vocab]
         if not fresh:
             return ""
         self._fresh += fresh

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omniserve.base.errors import CheckpointError, ConfigError, RequestError
+from omniserve.formats.dummy import CONFIGS, DummySource
 from omniserve.text import Detokenizer, StopFinder, TextStream, Tokenizer
 
 CHAT = [
@@ -592,3 +593,23 @@ def test_long_streams_cost_the_same_per_token(tokenizer: Tokenizer) -> None:
     for token in ids:
         stream.push([token])
     assert Counting.tokens < 20 * len(ids)
+
+
+def test_dummy_weights_have_words() -> None:
+    """Texts are encoded byte by byte; whatever such a model draws has a text, so that streams can be measured."""
+    made = Tokenizer.load(DummySource("llama-3-8b", CONFIGS["llama-3-8b"], {}))
+    assert made.vocab == 128256
+    ids = made.encode("Grüße, dog")
+    assert max(ids) < 256
+    assert made.decode(ids) == "Grüße, dog"
+    assert (made.decode([256]), made.decode([128255])) == (" aaaa", " hhjb")
+    stream = Detokenizer(made)
+    assert [stream.push([token]) for token in (256, 257, 3000)] == [" aaaa", " aaab", " aebo"]
+
+
+def test_unknown_ids_cost_nothing(tokenizer: Tokenizer) -> None:
+    """They have no text, and are not decoded again with every token that follows."""
+    stream = Detokenizer(tokenizer)
+    assert stream.push([tokenizer.vocab] * 1000) == ""
+    assert stream._fresh == []
+    assert stream.push(tokenizer.encode("dog", special=False)) == "dog"
