@@ -25,7 +25,7 @@ SHAPE = milestones.SHAPE
 
 TOKENS = "1,16,32,64,128,256,512,1024,2048,8192"
 
-_UNITS = {"share": "", "us": " us", "faster": "x dense"}
+_UNITS = {"share": "", "us": " us", "faster": "x"}
 
 KEYS = ("model", "dtype", "kind", "name", "size", "device")
 """What tells rows apart."""
@@ -176,23 +176,27 @@ def _tell(rows: Sequence[Row], others: Sequence[Row], report: ReportFlags, repla
 def _print_milestones(judged: Sequence[dict[str, Any]]) -> None:
     """Print what the milestones want and what was found."""
     names = sorted({name for row in judged for name in row["peers"]})
-    columns = ["milestone", "size", "us", "found", "needed", "met", *names, "of a step"]
+    columns = ["milestone", "size", "us", "found", "needed", "met", *names, "step"]
     made = [
         [
             row["title"],
             row["size"],
-            row["us"],
-            row["found"],
-            f"{'<=' if row['metric'] == 'us' else '>='} {row['need']:g}{_UNITS[row['metric']]}",
+            *cells([row["us"]]),
+            _short(row["found"], 3),
+            f"{row['need']:g}{_UNITS[row['metric']]}",
             "yes" if row["met"] else "no" if row["ok"] else "WRONG",
-            *(row["peers"].get(name) for name in names),
-            row["step"],
+            *(_short(row["peers"].get(name)) for name in names),
+            _short(row["step"]),
         ]
         for row in judged
     ]
     met = sum(row["met"] for row in judged)
-    title = f"{met} of {len(judged)} milestones met; shares of the limit; peers: their time over ours"
-    table(columns, [cells(row) for row in made], title=title)
+    about = "shares of the limit, at least; us, at most; peers: their time over ours; step: share of an LServe step"
+    table(columns, made, title=f"{met} of {len(judged)} milestones met ({about})")
+
+
+def _short(number: float | None, places: int = 2) -> str:
+    return "-" if number is None else f"{number:.{places}f}"
 
 
 def _print(rows: Sequence[dict[str, Any]], *, others: bool, replays: int) -> None:

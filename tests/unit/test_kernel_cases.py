@@ -207,6 +207,8 @@ def test_milestones_judge_rows() -> None:
         row("whole prompt", "kv4", "65536", us=18.0),
         row("whole prompt", "kv4 half window 256", "65536"),
         row("whole prompt", "kv4 half window 8192", "65536", us=12.0),
+        row("whole prompt", "kv4", "98304", us=15.0),
+        row("whole prompt", "kv4 half window 256", "98304"),
         row("whole prompt", "kv4 half window 256", "131072"),
         row("select", "bounds", "1 x 262144"),
         row("select", "keys kv4", "1 x 262144", us=15.5),
@@ -215,23 +217,23 @@ def test_milestones_judge_rows() -> None:
     ]
     found = [(one["title"], one["size"], one["found"], one["met"]) for one in milestones.judged(rows)]
     assert found == [
-        ("W4A8 per channel", "64", 0.7, True),
-        ("W4A8 per channel", "2048", 0.7, False),
+        ("W4A8 channel", "64", 0.7, True),
+        ("W4A8 channel", "2048", 0.7, False),
         ("W8A8", "8192", 0.7, False),
-        ("KV16 decode", "8 x 8192", 0.7, False),
-        ("KV4 decode", "8 x 8192", 0.7, True),
+        ("decode kv16", "8 x 8192", 0.7, False),
+        ("decode kv4", "8 x 8192", 0.7, True),
         ("dense prefill", "8192 of 32768", 0.7, False),
-        ("half streaming, 256", "65536", 1.8, True),
-        ("half streaming, 256", "131072", None, False),
-        ("half streaming, 8192", "65536", 1.5, False),
-        ("selector, bounds", "1 x 262144", 10.0, True),
-        ("selector, keys kv4", "1 x 262144", 15.5, False),
+        ("streaming 256", "65536", 1.8, True),
+        ("streaming 256", "98304", 1.5, False),
+        ("streaming 256", "131072", None, False),
+        ("select bounds", "1 x 262144", 10.0, True),
+        ("select keys", "1 x 262144", 15.5, False),
     ]
     by_title = {one["title"]: one for one in milestones.judged(rows)}
-    assert by_title["W4A8 per channel"]["peers"] == {}  # of 2,048 tokens, the last one
+    assert by_title["W4A8 channel"]["peers"] == {}  # of 2,048 tokens, the last one
     assert next(milestones.judged(rows))["peers"] == {"fp8": 1.6}
-    assert by_title["KV4 decode"]["peers"] == {"own kv16": 2.5}
-    assert [by_title[f"selector, {name}"]["step"] for name in ("bounds", "keys kv4")] == [None, 0.05]
+    assert by_title["decode kv4"]["peers"] == {"kv16": 2.5}
+    assert [by_title[f"select {name}"]["step"] for name in ("bounds", "keys")] == [None, 0.05]
 
 
 def test_the_suite_holds_every_milestone_and_a_whole_step() -> None:
@@ -241,5 +243,5 @@ def test_the_suite_holds_every_milestone_and_a_whole_step() -> None:
     assert {one["title"] for one in judged} == {one.title for one in milestones.MILESTONES}
     for milestone in milestones.MILESTONES:
         assert any(milestone.covers(row["kind"], row["name"], row["size"]) for row in rows), milestone
-    assert [one["step"] is not None for one in judged if one["title"].startswith("selector")] == [True, True]
+    assert [one["step"] is not None for one in judged if one["title"].startswith("select")] == [True, True]
     assert len(rows) < 80
