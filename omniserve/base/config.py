@@ -76,6 +76,9 @@ class Precision:
 TILE = 128
 """Prompt positions that choose their pages together, from absolute multiples on."""
 
+FEW = 2048
+"""Token budgets below it choose their pages twice as often: of few, more are missed (docs/accuracy.md)."""
+
 GROUP = 128
 """Group size of 4-bit weights that are quantized at load, unless the user says otherwise."""
 
@@ -148,7 +151,9 @@ class Options:
         None, "requests whose prompts may hold more than the decode window at once; default 2"
     )
     token_budget: int | None = option(None, "tokens that a retrieval head reads at produced positions; default 4096")
-    reuse_interval: int | None = option(None, "produced tokens from one choice of pages to the next; default 4")
+    reuse_interval: int | None = option(
+        None, f"produced tokens from one choice of pages to the next; default 4, 2 for budgets below {FEW}"
+    )
     page_scores: str | None = option(
         None,
         "what pages are chosen by: their keys, or bounds of 16 keys each, which are faster and miss more; default keys",
@@ -358,7 +363,7 @@ def _kv_memory(given: int, *, free_bytes: int, seqs: int, length: int, page_byte
         raise CapacityError(
             f"the KV cache of {human_bytes(memory)} does not hold the windows of the streaming heads of {seqs} "
             f"requests ({human_bytes(windows_bytes)}): give --kv-cache-memory-bytes {windows_bytes + longest}, or "
-            "lower --max-num-seqs, --max-prefills or --prefill-local"
+            "lower --max-num-seqs, --local, --max-prefills or --prefill-local"
         )
     fits = (memory - windows_bytes) // page_bytes * PAGE
     beside = f" beside {human_bytes(windows_bytes)} of streaming windows" if windows_bytes else ""
@@ -397,7 +402,8 @@ def choose_sparsity(options: Options) -> Sparsity:
         if options.prefill_budget is not None:
             what = "the page of the sink, those of the tile and one more"
             prefill_budget = _budget("prefill_budget", options.prefill_budget, 0, 2 + TILE // PAGE, what)
-    interval = _positive("reuse_interval", options.reuse_interval, default.interval)
+    usual = default.interval if budget is None or budget >= FEW else 2
+    interval = _positive("reuse_interval", options.reuse_interval, usual)
     if interval > PAGE:
         raise ConfigError(f"reuse_interval={interval}: must be 1 to {PAGE}, at most one page may fill between choices")
     return Sparsity(

@@ -3,12 +3,14 @@
 import pytest
 
 from omniserve.base.config import (
+    FEW,
     PRECISIONS,
     SHAPES,
     Options,
     Precision,
     check_model,
     choose_precision,
+    choose_sparsity,
     options_from,
     resolve,
 )
@@ -222,3 +224,12 @@ def test_sampling_parameters_take_one_stop_string_or_many() -> None:
 def test_wrong_prompts_are_refused(ids: list[int], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         check_prompt(ids, 97)
+
+
+@pytest.mark.parametrize(
+    ("budget", "given", "interval"),
+    [(None, None, 4), (FEW, None, 4), (FEW - 64, None, 2), (512, 4, 4), (4096, 1, 1)],
+)
+def test_small_budgets_are_chosen_more_often(budget: int | None, given: int | None, interval: int) -> None:
+    options = Options(sparsity="dynamic", token_budget=budget, reuse_interval=given)
+    assert choose_sparsity(options).interval == interval
