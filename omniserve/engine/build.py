@@ -160,7 +160,7 @@ def build(
     loaded = time.perf_counter()
     engine, runner, stores = make_engine(decoder, kv, config, policy, scales, key_means(source, spec))
     if gpu and config.backend == "auto":
-        _LOG.info("preparing: the first start on a machine compiles kernels, for about half a minute; they are kept")
+        _LOG.info("preparing: the first start on a machine compiles kernels, for up to a minute, and keeps them")
         runner.prepare(graphs=spec.experts is None, on_done=on_load)  # experts are chosen on the host
     gc.collect()
     gc.freeze()  # what is there now stays: with 1,024 requests the collector took 2.5 ms of every step to look at it

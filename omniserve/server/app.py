@@ -247,7 +247,8 @@ def _add_state(app: FastAPI, service: Service) -> None:
     async def ready() -> Response:
         """200 while requests are taken in."""
         if service.state != "ready":
-            raise ApiError(503, f"not ready: {service.state}")
+            how_far = f" ({service.loading})" if service.state == "loading" else ""
+            raise ApiError(503, f"not ready: {service.state}{how_far}")
         return Response()
 
     @app.get("/version", responses=_errors(), response_model=protocol.VersionBody)

@@ -32,6 +32,7 @@ State = Literal["loading", "ready", "draining", "dead"]
 
 _LOG = log.get(__name__)
 _REPORT_SECONDS = 10.0
+_PROGRESS_SECONDS = 5.0
 _INLINE = 4096
 """Characters that are tokenized in the event loop; longer texts go to a thread."""
 
@@ -41,6 +42,7 @@ class Service:
 
     state   loading, then ready; draining once it is to stop, dead once the engine has ended
     dialect  how the model writes tool calls, if it does; reasons: whether it writes its reasoning
+    loading  how far the loading has come, in words
     names   by which clients ask for the model; the first is the one that answers name
     """
 
@@ -70,8 +72,11 @@ class Service:
             command=command,
             watchdog_seconds=server.limits.watchdog,
             on_landed=self._landed,
-            on_progress=on_progress,
+            on_progress=self._progress,
         )
+        self.loading = "started"
+        self._on_progress = on_progress
+        self._told = time.monotonic()
         self.ready: Ready | None = None
         self.replies: set[Reply] = set()
         self._null = null is not None
@@ -103,6 +108,15 @@ class Service:
         if self.state == "loading":
             self.state = "ready"
         return ready
+
+    def _progress(self, phase: str, done: int, total: int) -> None:
+        """Note how far a phase of loading has come; the log tells it now and then, for who sees no bars."""
+        self.loading = f"{phase} {done} of {total}"
+        if self._on_progress is not None:
+            self._on_progress(phase, done, total)
+        if time.monotonic() - self._told >= _PROGRESS_SECONDS:
+            self._told = time.monotonic()
+            _LOG.info("loading %s", log.fields(phase=phase, done=done, total=total))
 
     def _load_tokenizer(self, ready: Ready) -> "Tokenizer":
         from omniserve.formats.dummy import CONFIGS, DummySource

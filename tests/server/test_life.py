@@ -1,5 +1,6 @@
 """How a server starts, stops and fails (serving.md section 10, rows 14 to 16), and what the command says."""
 
+import asyncio
 import json
 import re
 import shutil
@@ -17,6 +18,11 @@ from typing import Any
 import httpx
 import pytest
 
+from omniserve.base.config import Options
+from omniserve.base.serving import ServerOptions
+from omniserve.engine.process import Null
+from omniserve.server.app import application
+from omniserve.server.service import Service
 from tests.cli.commands import Ran, check_refusal
 from tests.cli.conftest import run
 from tests.server.harness import Server, allowed, check_error, events, eventually, serving
@@ -267,6 +273,30 @@ def test_ctrl_c_while_the_model_loads(tmp_path: Path) -> None:
             return interrupted(server)
 
     assert quickest(once) < allowed(SIGINT_SECONDS)
+
+
+def test_loading_says_how_far_it_is(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes half a minute on a GPU: /ready tells, and so does the log, every few seconds."""
+    monkeypatch.setattr("omniserve.server.service._PROGRESS_SECONDS", 3600.0)
+    heard: list[tuple[str, int, int]] = []
+
+    async def main() -> None:
+        service = Service(
+            None, Options(), ServerOptions(), null=Null(step_seconds=1.0), on_progress=lambda *what: heard.append(what)
+        )
+        transport = httpx.ASGITransport(app=application(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            service._progress("kernels", 11, 51)
+            assert "loading" not in caplog.text
+            monkeypatch.setattr("omniserve.server.service._PROGRESS_SECONDS", 0.0)
+            service._progress("kernels", 12, 51)
+            answer = await client.get("/ready")
+            check_error(answer, 503, "ServiceUnavailableError", "not ready: loading (kernels 12 of 51)")
+
+    with caplog.at_level("INFO", logger="omniserve"):
+        asyncio.run(main())
+    assert "loading phase=kernels done=12 total=51" in caplog.text
+    assert heard == [("kernels", 11, 51), ("kernels", 12, 51)]
 
 
 def test_an_engine_without_a_server_ends() -> None:
