@@ -170,11 +170,13 @@ class Runner:
         sizes = sorted({most} | {min(size + odd, most) for size in PROMPTS for odd in (0, 1)})
         steps = [[min(longest, tokens - first) for first in range(0, tokens, longest)] for tokens in sizes]
         steps += [[min(longest, size)] * rows for rows in ROWS for size in LENGTHS if rows * min(longest, size) <= most]
-        batches = [[_idle_work(idle, count) for count in chunks] for chunks in steps]
-        # Ends of the longest prompts: their keys take the most room beside the activations.
+        # The largest first: torch keeps their memory and cuts what the others ask for from it. Ends of the longest
+        # prompts, whose keys take the most room beside the activations, before all.
         end = min(longest, LENGTHS[0])
         far = _idle_work(idle, end, (longest - end) // TILE * TILE)
-        batches += [[far] * min(rows, most // end) for rows in (1, min(idle, ROWS[-1]))]
+        batches = [[far] * min(rows, most // end) for rows in (min(idle, ROWS[-1]), 1)]
+        steps.sort(key=sum, reverse=True)
+        batches += [[_idle_work(idle, count) for count in chunks] for chunks in steps]
         if graphs:  # first: a capture gives back all memory that torch keeps for later, and the plan would not count it
             row, few = (idle, 0, 0), min(idle, KEEPING)
             self._graphs = DecodeGraphs(
