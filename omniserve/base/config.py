@@ -145,7 +145,9 @@ class Options:
         None, "folder of full_attention_heads.tsv; `omniserve sparsity identify` makes one"
     )
     sink: int | None = option(None, "first tokens that streaming heads always see; default 128")
-    local: int | None = option(None, "latest tokens that streaming heads see at produced positions; default 256")
+    local: int | None = option(
+        None, "latest tokens that streaming heads see at produced positions; default: what the pattern says, else 256"
+    )
     prefill_local: int | None = option(None, "the same at prompt positions; default 8192")
     max_prefills: int | None = option(
         None, "requests whose prompts may hold more than the decode window at once; default 2"

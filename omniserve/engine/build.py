@@ -3,7 +3,7 @@
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -48,7 +48,7 @@ from omniserve.models.load import load_decoder
 from omniserve.ops.dispatch import choices
 from omniserve.ops.rope import make_rope
 from omniserve.sparsity.heads import split
-from omniserve.sparsity.patterns import read_pattern
+from omniserve.sparsity.patterns import read_pattern, window_of
 from omniserve.sparsity.policy import Dense, Policy, Sparse
 
 LoadProgress = Callable[[str, int, int], None]
@@ -116,6 +116,8 @@ def build(
     Raises OmniserveError.
     """
     started = time.perf_counter()
+    if options.attn_pattern is not None and options.local is None:
+        options = replace(options, local=window_of(options.attn_pattern))
     device = find_device(options)
     taken = taken_bytes() if device.kind == "cuda" else None
     source = open_source(model, options, on_load, device=device.kind)
@@ -324,7 +326,8 @@ def policy_of(sparsity: Sparsity, spec: ModelSpec, device: torch.device) -> Poli
         values = pattern.values
         _LOG.info("pattern %s", log.fields(sha256=pattern.digest))
     heads = split(values, sparsity.streaming)
-    _LOG.info("heads %s", log.fields(retrieval=sum(heads.retrieval), streaming=sum(heads.streaming)))
+    counts = {"retrieval": sum(heads.retrieval), "streaming": sum(heads.streaming)}
+    _LOG.info("heads %s", log.fields(**counts, local=sparsity.local, interval=sparsity.interval))
     return Sparse(spec, sparsity, heads, device=device)
 
 

@@ -11,18 +11,18 @@ from omniserve.base.errors import ConfigError
 from omniserve.base.spec import ModelSpec
 from omniserve.base.types import Request, SamplingParams
 from omniserve.engine.build import Built, LoadProgress, build
-from omniserve.sparsity.identify import Probe, Sample
+from omniserve.sparsity.identify import Probe, Prose, Sample
 
 
 def identify(
     model: str | Path,
     options: Options,
-    samples: Callable[[Built], Sequence[Sample]],
+    samples: Callable[[Built], Sequence[Sample | Prose]],
     *,
     on_load: LoadProgress | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-) -> tuple[tuple[tuple[float, ...], ...], Built]:
-    """Return how much each key head of a model retrieves, by layer, in [0, 1], and the engine that was asked.
+) -> tuple[Probe, Built]:
+    """Return what each key head of a model looks at, and the engine that was asked.
 
     samples  called with the loaded engine, for its tokenizer and context
     Raises OmniserveError.
@@ -52,4 +52,4 @@ def identify(
         built.engine.drain()
         if on_progress is not None:
             on_progress(number + 1, len(todo))
-    return probes[0].values(), built
+    return probes[0], built

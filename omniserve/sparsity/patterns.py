@@ -1,7 +1,7 @@
 """Attention patterns: which key heads retrieve, as DuoAttention publishes them.
 
 A folder holds `full_attention_heads.tsv`, one line per layer with one number per key head (1: needs the whole context,
-0: sink and window are enough), and beside it `config.json` on how it was found.
+0: sink and window are enough), and beside it `config.json` on how it was found, with the window if it names one.
 Source: DuoAttention (arXiv 2410.10819).
 """
 
@@ -57,6 +57,17 @@ def read_pattern(folder: str | Path, *, layers: int, heads: int) -> Pattern:
             f"this model has {layers} of {heads}"
         )
     return Pattern(values=values, about=_about(place), digest=sha256(content).hexdigest())
+
+
+def window_of(folder: str | Path) -> int | None:
+    """Return how many latest tokens a pattern wants streaming heads to see at produced positions, if it says.
+
+    `config.json` may name it as `local`; published patterns do not. Raises ConfigError.
+    """
+    local = _about(Path(folder)).get("local")
+    if local is None or (isinstance(local, int) and not isinstance(local, bool) and local > 0):
+        return local
+    raise ConfigError(f"attn_pattern={folder}: local={local!r} in {CONFIG} must be a number of tokens, 1 or more")
 
 
 def _line(number: int, line: str) -> tuple[float, ...]:

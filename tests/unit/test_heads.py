@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from omniserve.base.errors import ConfigError
 from omniserve.sparsity.heads import split
-from omniserve.sparsity.patterns import read_pattern, write_pattern
+from omniserve.sparsity.patterns import read_pattern, window_of, write_pattern
 
 
 def kept(values: list[list[float]], sparsity: float) -> list[tuple[int, int]]:
@@ -115,3 +115,15 @@ def test_bad_patterns(tmp_path: Path, content: str | None, config: str, message:
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"must be a folder that holds full_attention_heads\.tsv"):
         read_pattern(tmp_path / "none", layers=2, heads=2)
+
+
+def test_a_pattern_may_name_the_window(tmp_path: Path) -> None:
+    write_pattern(tmp_path / "ours", ((1.0, 0.0),), {"local": 2048})
+    assert window_of(tmp_path / "ours") == 2048
+    write_pattern(tmp_path / "published", ((1.0, 0.0),), {"recent_size": 64})
+    assert window_of(tmp_path / "published") is None
+    assert window_of(tmp_path / "none") is None, "what is missing is told by those who read the table"
+    for wrong in (0, True, "256"):
+        write_pattern(tmp_path / "wrong", ((1.0, 0.0),), {"local": wrong})
+        with pytest.raises(ConfigError, match="must be a number of tokens, 1 or more"):
+            window_of(tmp_path / "wrong")
