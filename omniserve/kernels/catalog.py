@@ -58,6 +58,9 @@ FEW_LOOPS = {"g128": 210, "row": 140, "w8a8": 125}
 FEW = Tile(16, 64, 2, 4, 4, 4, "few")
 """A tile of it that cuts K, whatever the tables say."""
 
+HELPED = Tile(128, 64, 1, 9, 8, 2, "gluon")
+"""A tile of the kernel for compute capability 9.0 that helpers share, whatever the tables say."""
+
 
 ATTEND_LOOPS = {4: 1500, 8: 1650, 16: 900}
 """SASS instructions of one turn of a produced position's loop, by bits; about 210 are skipped but at a piece's end."""
@@ -129,6 +132,7 @@ def _linear(arch: int) -> Iterator[Spec]:
             )
         if arch == 90:
             yield _few(FEW, name, 16, 4096, 4096)
+            yield _gluon(HELPED, name, 128, 4096, 14336)
     yield Spec(
         name="sum of a split",
         arch=arch,
@@ -153,12 +157,12 @@ def _gluon(tile: Tile, kind: str, tokens: int, n: int, k: int) -> Spec:
         kernel=hopper.hopper_kernel,
         types=hopper.boxes(tile, "bf16", bits=bits)
         | pointers
-        | {"flags": "*i32", "M": "i32", "N": "i32", "blocks": "i32"},
+        | {"tickets": "*i32", "M": "i32", "N": "i32", "blocks": "i32", "lent": "i32"},
         constants=hopper.constants(
-            tile, bits=bits, grouped=grouped, zero=kind == "row", bias=False, stream=tile.split > 1
+            tile, bits=bits, grouped=grouped, zero=kind == "row", bias=False, helped=tile.split > 1
         ),
         warps=4,
-        loose=("M", "N", "blocks"),
+        loose=("M", "N", "blocks", "lent"),
         fusion=False,
         matrix=_int8(90, packed=bits == 4),
         longest=GLUON_LOOPS[kind] * tile.step,

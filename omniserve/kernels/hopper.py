@@ -1,10 +1,11 @@
 """Integer products on compute capability 9.0: one warp fetches tiles, groups of four warps multiply.
 
-The Triton kernel of `linear.py` waits for each product before it unpacks the next weights. Here two or four groups of
+The Triton kernel of `linear.py` waits for each product before it unpacks the next weights. Here two to four groups of
 warps work each at its own pace, so that one unpacks while the others multiply: on neighbouring weights (SIDES), or in
 turns along K (TURNS), where many tokens, or many bytes in flight, count. The grid is persistent and fetches the next
-tile during the epilogue. Tiles that do not fill the grid may be shared among its programs, which add up integers: no
-order, no other bits. The epilogue is that of `linear.py`, so both kernels give the same result.
+tile during the epilogue. Where tiles leave multiprocessors free, programs on these help: they take the first part of
+tiles' K and hand over sums, which are integers: no order, no other bits. The epilogue is that of `linear.py`, so both
+kernels give the same result.
 
 The kernel may start while the one before it ends (programmatic dependent launch): it fetches its first weights, which
 nobody writes, and waits for that kernel before it touches anything else.
@@ -32,75 +33,37 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from omniserve.base.numbers import ceil_div
 from omniserve.formats.blocks import SIDE
-from omniserve.kernels.device import SHARED_BYTES
+from omniserve.kernels.device import SHARED_BYTES, processors
+from omniserve.kernels.fragments import _as_lines, _as_tile, _high, _low, _piece, _second_level, _tokens
 from omniserve.kernels.tiles import Tile
 
 
 @gluon.jit
-def _low(p):
-    return gl.inline_asm_elementwise("and.b32 $0, $1, 0x0f0f0f0f;", "=r,r", [p], dtype=gl.int8, is_pure=True, pack=4)
-
-
-@gluon.jit
-def _high(p):
-    return gl.inline_asm_elementwise(
-        "{ .reg .b32 t; shr.u32 t, $1, 4; and.b32 $0, t, 0x0f0f0f0f; }",
-        "=r,r",
-        [p],
-        dtype=gl.int8,
-        is_pure=True,
-        pack=4,
-    )
-
-
-@gluon.jit
-def _second_level(q, scale, offset):
-    return gl.inline_asm_elementwise(
-        "{ .reg .b32 t; mad.lo.u32 t, $1, $2, $6; xor.b32 $0, t, 0x80808080; }",
-        "=r,r,r,r,r,r,r,r,r,r",
-        [q, scale, offset],
-        dtype=gl.int8,
-        is_pure=True,
-        pack=4,
-    )
-
-
-@gluon.jit
-def _share(tiles, blocks, STREAM: gl.constexpr):
-    """Return this program's share: (first unit, end, segments of shared tiles, whole tiles, all segments).
-
-    A unit is one block of 128 columns of one tile. Tiles that do not fill the grid once more are shared: their units
-    are dealt out evenly, so that a program gets the end of one tile, tiles, and the beginning of another.
-    """
+def _count(tiles, HELPED: gl.constexpr):
+    """Return how many tiles this program works on; with helpers, that is every program behind the tiles' own."""
     program = gl.program_id(0)
     programs = gl.num_programs(0)
-    whole = gl.cdiv(tiles - program, programs)
-    first = 0
-    end = 0
-    shared = 0
-    if STREAM:
-        whole = tiles // programs
-        units = (tiles - whole * programs) * blocks
-        first = program * units // programs
-        end = (program + 1) * units // programs
-        shared = gl.where(end > first, (end - 1) // blocks - first // blocks + 1, 0)
-    return first, end, shared, whole, shared + whole
+    count = gl.cdiv(tiles - program, programs)
+    if HELPED:
+        count = gl.where(program < tiles, 1, gl.cdiv(2 * tiles - program, programs - tiles))
+    return count
 
 
 @gluon.jit
-def _segment(i, first, end, shared, whole, blocks):
-    """Return segment i of a program: (tile, first block, end).
-
-    The beginning of a tile comes first, because another program waits for its sums; the end of a tile whose sums this
-    program waits for comes last of the shared ones.
-    """
+def _segment(i, tiles, steps, lent, HELPED: gl.constexpr):
+    """Return a program's i-th piece of work: (tile, first step, end, whether it helps the tile's own program)."""
+    program = gl.program_id(0)
     programs = gl.num_programs(0)
-    tile = (end - 1) // blocks - i
-    begin = gl.maximum(first - tile * blocks, 0)
-    last = gl.minimum(end - tile * blocks, blocks)
-    mine = i < shared
-    tile = gl.where(mine, tile + whole * programs, gl.program_id(0) + (i - shared) * programs)
-    return tile, gl.where(mine, begin, 0), gl.where(mine, last, blocks)
+    tile = program + i * programs
+    begin = 0
+    end = steps
+    helps = False
+    if HELPED:
+        helps = program >= tiles
+        tile = gl.where(helps, program - tiles + i * (programs - tiles), program)
+        begin = gl.where(helps, 0, lent)
+        end = gl.where(helps, lent, steps)
+    return tile, begin, end, helps
 
 
 @gluon.jit
@@ -114,23 +77,28 @@ def _place(tile, tiles_n, tiles_m, TOGETHER: gl.constexpr):
 
 @gluon.jit
 def _fetch(
-    w, x, tail, wb, xb, gb, full, empty, tiles, tiles_n, tiles_m, blocks,
+    w, x, tail, wb, xb, gb, full, empty, ready, there, tickets, tiles_n, tiles_m, blocks, lent,
     BITS: gl.constexpr, STAGES: gl.constexpr, STEP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    SIDES: gl.constexpr, TURNS: gl.constexpr, GROUPED: gl.constexpr, STREAM: gl.constexpr, TOGETHER: gl.constexpr,
+    SIDES: gl.constexpr, TURNS: gl.constexpr, GROUPED: gl.constexpr, HELPED: gl.constexpr, TOGETHER: gl.constexpr,
 ):  # fmt: skip
     """Fetch blocks of weights and activations, tile after tile, as buffers become free."""
     WIDE: gl.constexpr = SIDES * BN
-    PANELS: gl.constexpr = (WIDE + 127) // 128
+    PER: gl.constexpr = 2 if BN == 64 and SIDES % 2 == 0 else 1  # groups of warps that share a panel's parameters
+    TAILS: gl.constexpr = SIDES // PER
     ROWS: gl.constexpr = 132 if GROUPED else 128
-    BYTES: gl.constexpr = SIDES * w.block_type.nbytes + x.block_type.nbytes + (PANELS * 256 if GROUPED else 0)
+    BYTES: gl.constexpr = SIDES * w.block_type.nbytes + x.block_type.nbytes + (TAILS * 256 if GROUPED else 0)
     steps = gl.cdiv(blocks, STEP)
-    first, end, shared, whole, segments = _share(tiles, steps, STREAM)
+    tiles = tiles_n * tiles_m
+    count = _count(tiles, HELPED)
     for again in gl.static_range(2):  # the first weights, which no kernel before this one writes; then everything
         turn = 0
         if again:
+            # A copy of rows that are not there reads nothing but the descriptor, which the first activations then find.
+            mbarrier.expect(ready, x.block_type.nbytes)
+            tma.async_copy_global_to_shared(x, [tiles_m * BM, 0], ready, xb.index(STAGES * STEP - 1))
             gdc_wait()
-        for i in range(segments if again else gl.minimum(segments, STAGES)):
-            tile, begin, last = _segment(i, first, end, shared, whole, steps)
+        for i in range(count if again else gl.minimum(count, STAGES)):
+            tile, begin, last, helps = _segment(i, tiles, steps, lent, HELPED)
             tile_n, tile_m = _place(tile, tiles_n, tiles_m, TOGETHER)
             until = begin + gl.cdiv(last - begin, TURNS) * TURNS
             if not again:
@@ -153,55 +121,73 @@ def _fetch(
                             else:
                                 tma.async_copy_global_to_shared(w, [n, block * 128], bar, wb.index(slot * SIDES + side))
                         if GROUPED:
-                            for panel in gl.static_range(PANELS):
-                                place = (((tile_n * WIDE) // 128 + panel) * blocks + block) * (ROWS * 64)
-                                place += 8192 + (tile_n * WIDE) % 128  # half a panel begins at its own scales
-                                tma.async_copy_global_to_shared(tail, [place], bar, gb.index(slot * PANELS + panel))
+                            for one in gl.static_range(TAILS):
+                                n = tile_n * WIDE + one * PER * BN
+                                place = ((n // 128) * blocks + block) * (ROWS * 64)
+                                place += 8192 + n % 128  # half a panel begins at its own scales
+                                tma.async_copy_global_to_shared(tail, [place], bar, gb.index(slot * TAILS + one))
                 if again:
+                    if at == STAGES - 1:
+                        mbarrier.wait(ready, 0)
                     for inner in gl.static_range(STEP):
                         k = (gl.where(step < last, step, steps) * STEP + inner) * 128  # behind the last one are zeros
                         tma.async_copy_global_to_shared(x, [tile_m * BM, k], bar, xb.index(at * STEP + inner))
                 turn += 1
+            if again and HELPED:  # noqa: SIM102
+                if not helps:
+                    while gl.atomic_add(tickets + tile, 0, sem="acquire", scope="gpu") < SIDES:
+                        pass
+                    gl.store(tickets + tile, 0)
+                    mbarrier.arrive(there)
+    mbarrier.wait(ready, 0)
 
 
 @gluon.jit
 def _multiply(
-    wb, xb, gb, yb, rb, full, empty, given, taken, y, a, total, scale, zero, bias, sums, flags,
-    M, N, tiles, tiles_n, tiles_m, blocks,
+    wb, xb, gb, yb, rb, full, empty, given, taken, there, y, a, total, scale, zero, bias, sums, tickets,
+    M, N, tiles_n, tiles_m, blocks, lent,
     BITS: gl.constexpr, STAGES: gl.constexpr, STEP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
     SIDES: gl.constexpr, TURNS: gl.constexpr, GROUPED: gl.constexpr, ZERO: gl.constexpr, BIAS: gl.constexpr,
-    STREAM: gl.constexpr, TOGETHER: gl.constexpr, group: gl.constexpr,
+    HELPED: gl.constexpr, TOGETHER: gl.constexpr, group: gl.constexpr,
 ):  # fmt: skip
     """Multiply BN weights of each tile with its tokens, taking turns; finish the sums and send them off."""
     side: gl.constexpr = group % SIDES
     mine: gl.constexpr = group // SIDES
     WIDE: gl.constexpr = SIDES * BN
-    PANELS: gl.constexpr = (WIDE + 127) // 128
+    PER: gl.constexpr = 2 if BN == 64 and SIDES % 2 == 0 else 1
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM if BM <= 128 else 128, 32])
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 4)
-    by_weight: gl.constexpr = gl.SliceLayout(1, layout)
-    by_token: gl.constexpr = gl.SliceLayout(0, layout)
-    WITHIN: gl.constexpr = side * BN % 128
-    EARLY: gl.constexpr = BM <= 32  # the epilogue's arguments fit into registers during the loop
+    final: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, y.block_type.shape[0], 32])
+    by_weight: gl.constexpr = gl.SliceLayout(1, final)
+    by_token: gl.constexpr = gl.SliceLayout(0, final)
+    WITHIN: gl.constexpr = side % PER * BN
+    PIECES: gl.constexpr = BM // y.block_type.shape[0]
+    BUFFERS: gl.constexpr = 1 if PIECES == 1 else 2
+    T: gl.constexpr = BM // PIECES
+    # The epilogue's arguments for tokens stay in registers during the loop, if these are not full of sums.
+    FREE: gl.constexpr = 128 if SIDES * TURNS == 2 else 64
+    EARLY: gl.constexpr = PIECES == 1 and FREE >= BN * BM // 128 + BM
     # Two rows of weights lie in a line of 128 bytes, its pieces of 16 in the order that copies of tiles give them.
     FIRST: gl.constexpr = [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16], [0, 32], [1, 0], [2, 16], [4, 32], [9, 0], [16, 0]]
     LINES: gl.constexpr = gl.SharedLinearLayout(FIRST + ([[32, 0]] if BN == 64 else [[32, 0], [64, 0]]), [], 1024)
-    program = gl.program_id(0)
-    programs = gl.num_programs(0)
     steps = gl.cdiv(blocks, STEP)
-    first, end, shared, whole, segments = _share(tiles, steps, STREAM)
-    private = gl.arange(0, BN, by_weight)[:, None] * BM + gl.arange(0, BM, by_token)[None, :]
+    if mine == 0:  # nothing is written: these rows are not there, but the descriptor is
+        tma.async_copy_shared_to_global(y, [tiles_m * BM, 0], yb.index(side * BUFFERS))
     gdc_wait()
     turn = 0
-    for i in range(segments):
-        tile, begin, last = _segment(i, first, end, shared, whole, steps)
+    for i in range(_count(tiles_n * tiles_m, HELPED)):
+        tile, begin, last, helps = _segment(i, tiles_n * tiles_m, steps, lent, HELPED)
         tile_n, tile_m = _place(tile, tiles_n, tiles_m, TOGETHER)
-        if EARLY and mine == 0:
+        if mine == 0:
             rn = gl.minimum(tile_n * WIDE + side * BN + gl.arange(0, BN, by_weight), N - 1)
-            rm = gl.minimum(tile_m * BM + gl.arange(0, BM, by_token), M - 1)
-            av, sv = gl.load(a + rm), gl.load(scale + rn)
+            sv = gl.load(scale + rn)
             if ZERO:
-                tv, zv = gl.load(total + rm), gl.load(zero + rn)
+                zv = gl.load(zero + rn)
+            if EARLY:
+                rm = gl.minimum(tile_m * BM + gl.arange(0, BM, by_token), M - 1)
+                if ZERO:
+                    tv = gl.load(total + rm)
+                av = gl.load(a + rm)
         acc = gl.zeros((BN, BM), gl.int32, layout)
         for _ in range(gl.cdiv(last - begin, TURNS)):
             now = turn * TURNS + mine
@@ -214,7 +200,7 @@ def _multiply(
                     w0 = _low(packed)
                     w1 = _high(packed)
                     if GROUPED:
-                        held = gb.index(slot * PANELS + side * BN // 128)
+                        held = gb.index(slot * (SIDES // PER) + side // PER)
                         s = held.slice(WITHIN, BN).load(gl.SliceLayout(1, operand)).to(gl.int32)
                         o = held.slice(128 + WITHIN, BN).load(gl.SliceLayout(1, operand)).to(gl.int32)
                         o = o * 0x01010101
@@ -232,85 +218,79 @@ def _multiply(
             if mine > 0:
                 slot = (mine - 1) * SIDES + side
                 mbarrier.wait(taken.index(slot), (i & 1) ^ 1)
-                rb.index(slot).store(acc)
+                rb.index(slot).store(_as_lines(acc))
                 mbarrier.arrive(given.index(slot))
             else:
+                lines = _as_lines(acc)
                 for source in gl.static_range(TURNS - 1):
                     slot = source * SIDES + side
                     mbarrier.wait(given.index(slot), i & 1)
-                    acc += rb.index(slot).load(layout)
+                    lines += rb.index(slot).load(lines.type.layout)
                     mbarrier.arrive(taken.index(slot))
+                acc = _as_tile(lines, BN, BM, layout)
         if mine == 0:
             finish = True
-            if STREAM:
-                finish = last == steps
+            if HELPED:
+                PIECE: gl.constexpr = _piece(BN * BM // 512)
+                place = gl.arange(0, BN * BM // 512, gl.SliceLayout(1, PIECE))[:, None] * 512
+                place += gl.arange(0, 512, gl.SliceLayout(0, PIECE))[None, :]
+                place += (tile * SIDES + side) * (BN * BM)
+                lines = _as_lines(acc)
+                finish = not helps
                 if finish:
-                    units = (tiles - whole * programs) * steps
-                    start = (tile - whole * programs) * steps
-                    other = program - 1
-                    until = gl.where(begin > 0, (other + 1) * units // programs, start)
-                    while until > start:
-                        since = other * units // programs
-                        if since < until:
-                            flag = flags + other * SIDES + side
-                            while gl.atomic_add(flag, 0, sem="acquire", scope="gpu") == 0:
-                                pass
-                            gl.thread_barrier()
-                            part = sums + (other * SIDES + side) * (BN * BM)
-                            acc += gl.load(part + private, cache_modifier=".cg")
-                            gl.store(flag, 0)
-                        until = since
-                        other -= 1
+                    mbarrier.wait(there, 0)
+                    lines += gl.load(sums + place, cache_modifier=".cg")
                 else:
-                    gl.store(sums + (program * SIDES + side) * (BN * BM) + private, acc)
+                    gl.store(sums + place, lines)
                     gl.thread_barrier()
-                    gl.atomic_xchg(flags + program * SIDES + side, 1, sem="release", scope="gpu")
+                    gl.atomic_add(tickets + tile, 1, sem="release", scope="gpu")
+                acc = _as_tile(lines, BN, BM, layout)
             if finish:
-                n = tile_n * WIDE + side * BN
-                rn = gl.minimum(n + gl.arange(0, BN, by_weight), N - 1)  # what is outside is not stored
-                rm = gl.minimum(tile_m * BM + gl.arange(0, BM, by_token), M - 1)
-                if EARLY:
-                    value = acc.to(gl.float32) * sv[:, None]
+                for piece in gl.static_range(PIECES):
+                    value = _tokens(acc, piece, PIECES, final).to(gl.float32)
+                    m = tile_m * BM + piece * T
+                    if not EARLY:
+                        rm = gl.minimum(m + gl.arange(0, T, by_token), M - 1)
+                        if ZERO:
+                            tv = gl.load(total + rm)
+                        av = gl.load(a + rm)
+                    value = value * sv[:, None]
                     if ZERO:
                         value = value - zv[:, None] * tv.to(gl.float32)[None, :]
                     value = value * av[None, :]
-                else:
-                    value = acc.to(gl.float32) * gl.load(scale + rn)[:, None]
-                    if ZERO:
-                        value = value - gl.load(zero + rn)[:, None] * gl.load(total + rm).to(gl.float32)[None, :]
-                    value = value * gl.load(a + rm)[None, :]
-                if BIAS:
-                    value = value + gl.load(bias + rn)[:, None]
-                out = yb.index(side)
-                tma.store_wait(0)
-                out.permute((1, 0)).store(value.to(y.dtype))
-                fence_async_shared()
-                tma.async_copy_shared_to_global(y, [tile_m * BM, n], out)
+                    if BIAS:
+                        value = value + gl.load(bias + rn)[:, None]
+                    tma.store_wait(BUFFERS - 1)
+                    result = yb.index(side * BUFFERS + piece % BUFFERS)
+                    result.permute((1, 0)).store(value.to(y.dtype))
+                    fence_async_shared()
+                    tma.async_copy_shared_to_global(y, [m, tile_n * WIDE + side * BN], result)
     if mine == 0:
         tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M", "N", "blocks"])
+@gluon.jit(do_not_specialize=["M", "N", "blocks", "lent"])
 def hopper_kernel(
     x,  # int8 [M, K] in boxes [BM, 128]
     w,  # blocks as lines of 128 bytes, two rows of weights, in boxes [BN / 2, 128]; or int8 [N, K] in boxes [BN, 128]
     tail,  # blocks as bytes, in boxes of 256: the groups' parameters, read if GROUPED
-    y,  # [M, N] in boxes [BM, BN]
+    y,  # [M, N] in boxes [min(BM, 32), BN]
     a,  # fp32 [M]
     total,  # int32 [M], read if ZERO
     scale,  # fp32 [N]
     zero,  # fp32 [N], read if ZERO
     bias,  # fp32 [N], read if BIAS
-    sums,  # int32 [programs, SIDES, BN, BM] if STREAM: what a program adds to another's tile
-    flags,  # int32 [programs, SIDES] if STREAM: 1 where such sums are there; zero before and after
+    sums,  # int32 [tiles, SIDES, BN * BM] if HELPED: what a helper hands to the program of a tile
+    tickets,  # int32 [tiles] if HELPED: how many sides of them are there; zero before and after
     M,
     N,
     blocks,  # blocks of 128 columns
+    lent,  # steps of each tile that a helper takes, if HELPED
     BITS: gl.constexpr,
     GROUPED: gl.constexpr,
     ZERO: gl.constexpr,
     BIAS: gl.constexpr,
-    STREAM: gl.constexpr,  # tiles that do not fill the grid are shared among its programs
+    HELPED: gl.constexpr,  # programs behind those of the tiles take a part of their K
     TOGETHER: gl.constexpr,
     BM: gl.constexpr,
     BN: gl.constexpr,  # weights of one group of warps
@@ -319,25 +299,31 @@ def hopper_kernel(
     STEP: gl.constexpr,  # blocks of one stage
     STAGES: gl.constexpr,  # a multiple of TURNS
 ):
-    """Whole tiles [SIDES * BN, BM] in turn, and a share of those that are left."""
-    PANELS: gl.constexpr = (SIDES * BN + 127) // 128
+    """Parts of tiles [SIDES * BN, BM], one after the other."""
+    TAILS: gl.constexpr = SIDES // (2 if BN == 64 and SIDES % 2 == 0 else 1)
+    BUFFERS: gl.constexpr = 1 if y.block_type.shape[0] == BM else 2
     tiles_n = gl.cdiv(N, SIDES * BN)
     tiles_m = gl.cdiv(M, BM)
-    tiles = tiles_n * tiles_m
     wb = gl.allocate_shared_memory(gl.int8, [SIDES * STEP * STAGES] + w.block_type.shape, w.layout)
     xb = gl.allocate_shared_memory(gl.int8, [STEP * STAGES] + x.block_type.shape, x.layout)
-    yb = gl.allocate_shared_memory(y.dtype, [SIDES] + y.block_type.shape, y.layout)
+    yb = gl.allocate_shared_memory(y.dtype, [SIDES * BUFFERS] + y.block_type.shape, y.layout)
     gb = wb
     if GROUPED:
-        gb = gl.allocate_shared_memory(gl.uint8, [PANELS * STEP * STAGES] + tail.block_type.shape, tail.layout)
+        gb = gl.allocate_shared_memory(gl.uint8, [TAILS * STEP * STAGES] + tail.block_type.shape, tail.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    there = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(ready, count=1)
+    mbarrier.init(there, count=1)
     rb = wb
     given = full
     taken = full
     if TURNS > 1:
         OTHERS: gl.constexpr = (TURNS - 1) * SIDES
-        rb = gl.allocate_shared_memory(gl.int32, [OTHERS, BN, BM], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+        rb = gl.allocate_shared_memory(
+            gl.int32, [OTHERS, BN * BM // 512, 512], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        )
         given = gl.allocate_shared_memory(gl.int64, [OTHERS, 1], mbarrier.MBarrierLayout())
         taken = gl.allocate_shared_memory(gl.int64, [OTHERS, 1], mbarrier.MBarrierLayout())
         for other in gl.static_range(OTHERS):
@@ -350,31 +336,45 @@ def hopper_kernel(
     gdc_launch_dependents()
     if SIDES * TURNS == 2:
         gl.warp_specialize([
-            (_multiply, (wb, xb, gb, yb, rb, full, empty, given, taken, y, a, total, scale, zero, bias, sums, flags,
-                         M, N, tiles, tiles_n, tiles_m, blocks, BITS, STAGES, STEP, BM, BN, SIDES, TURNS, GROUPED,
-                         ZERO, BIAS, STREAM, TOGETHER, 0)),
-            (_multiply, (wb, xb, gb, yb, rb, full, empty, given, taken, y, a, total, scale, zero, bias, sums, flags,
-                         M, N, tiles, tiles_n, tiles_m, blocks, BITS, STAGES, STEP, BM, BN, SIDES, TURNS, GROUPED,
-                         ZERO, BIAS, STREAM, TOGETHER, 1)),
-            (_fetch, (w, x, tail, wb, xb, gb, full, empty, tiles, tiles_n, tiles_m, blocks,
-                      BITS, STAGES, STEP, BM, BN, SIDES, TURNS, GROUPED, STREAM, TOGETHER)),
+            (_multiply, (wb, xb, gb, yb, rb, full, empty, given, taken, there, y, a, total, scale, zero, bias, sums,
+                         tickets, M, N, tiles_n, tiles_m, blocks, lent, BITS, STAGES, STEP, BM, BN, SIDES, TURNS,
+                         GROUPED, ZERO, BIAS, HELPED, TOGETHER, 0)),
+            (_multiply, (wb, xb, gb, yb, rb, full, empty, given, taken, there, y, a, total, scale, zero, bias, sums,
+                         tickets, M, N, tiles_n, tiles_m, blocks, lent, BITS, STAGES, STEP, BM, BN, SIDES, TURNS,
+                         GROUPED, ZERO, BIAS, HELPED, TOGETHER, 1)),
+            (_fetch, (w, x, tail, wb, xb, gb, full, empty, ready, there, tickets, tiles_n, tiles_m, blocks, lent,
+                      BITS, STAGES, STEP, BM, BN, SIDES, TURNS, GROUPED, HELPED, TOGETHER)),
         ], [4, 1], [216, 24])  # fmt: skip
+    elif SIDES * TURNS == 3:
+        gl.warp_specialize([
+            (_multiply, (wb, xb, gb, yb, rb, full, empty, given, taken, there, y, a, total, scale, zero, bias, sums,
+                         tickets, M, N, tiles_n, tiles_m, blocks, lent, BITS, STAGES, STEP, BM, BN, SIDES, TURNS,
+                         GROUPED, ZERO, BIAS, HELPED, TOGETHER, 0)),
+            (_multiply, (wb, xb, gb, yb, rb, full, empty, given, taken, there, y, a, total, scale, zero, bias, sums,
+                         tickets, M, N, tiles_n, tiles_m, blocks, lent, BITS, STAGES, STEP, BM, BN, SIDES, TURNS,
+                         GROUPED, ZERO, BIAS, HELPED, TOGETHER, 1)),
+            (_multiply, (wb, xb, gb, yb, rb, full, empty, given, taken, there, y, a, total, scale, zero, bias, sums,
+                         tickets, M, N, tiles_n, tiles_m, blocks, lent, BITS, STAGES, STEP, BM, BN, SIDES, TURNS,
+                         GROUPED, ZERO, BIAS, HELPED, TOGETHER, 2)),
+            (_fetch, (w, x, tail, wb, xb, gb, full, empty, ready, there, tickets, tiles_n, tiles_m, blocks, lent,
+                      BITS, STAGES, STEP, BM, BN, SIDES, TURNS, GROUPED, HELPED, TOGETHER)),
+        ], [4, 4, 1], [152, 152, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_multiply, (wb, xb, gb, yb, rb, full, empty, given, taken, y, a, total, scale, zero, bias, sums, flags,
-                         M, N, tiles, tiles_n, tiles_m, blocks, BITS, STAGES, STEP, BM, BN, SIDES, TURNS, GROUPED,
-                         ZERO, BIAS, STREAM, TOGETHER, 0)),
-            (_multiply, (wb, xb, gb, yb, rb, full, empty, given, taken, y, a, total, scale, zero, bias, sums, flags,
-                         M, N, tiles, tiles_n, tiles_m, blocks, BITS, STAGES, STEP, BM, BN, SIDES, TURNS, GROUPED,
-                         ZERO, BIAS, STREAM, TOGETHER, 1)),
-            (_multiply, (wb, xb, gb, yb, rb, full, empty, given, taken, y, a, total, scale, zero, bias, sums, flags,
-                         M, N, tiles, tiles_n, tiles_m, blocks, BITS, STAGES, STEP, BM, BN, SIDES, TURNS, GROUPED,
-                         ZERO, BIAS, STREAM, TOGETHER, 2)),
-            (_multiply, (wb, xb, gb, yb, rb, full, empty, given, taken, y, a, total, scale, zero, bias, sums, flags,
-                         M, N, tiles, tiles_n, tiles_m, blocks, BITS, STAGES, STEP, BM, BN, SIDES, TURNS, GROUPED,
-                         ZERO, BIAS, STREAM, TOGETHER, 3)),
-            (_fetch, (w, x, tail, wb, xb, gb, full, empty, tiles, tiles_n, tiles_m, blocks,
-                      BITS, STAGES, STEP, BM, BN, SIDES, TURNS, GROUPED, STREAM, TOGETHER)),
+            (_multiply, (wb, xb, gb, yb, rb, full, empty, given, taken, there, y, a, total, scale, zero, bias, sums,
+                         tickets, M, N, tiles_n, tiles_m, blocks, lent, BITS, STAGES, STEP, BM, BN, SIDES, TURNS,
+                         GROUPED, ZERO, BIAS, HELPED, TOGETHER, 0)),
+            (_multiply, (wb, xb, gb, yb, rb, full, empty, given, taken, there, y, a, total, scale, zero, bias, sums,
+                         tickets, M, N, tiles_n, tiles_m, blocks, lent, BITS, STAGES, STEP, BM, BN, SIDES, TURNS,
+                         GROUPED, ZERO, BIAS, HELPED, TOGETHER, 1)),
+            (_multiply, (wb, xb, gb, yb, rb, full, empty, given, taken, there, y, a, total, scale, zero, bias, sums,
+                         tickets, M, N, tiles_n, tiles_m, blocks, lent, BITS, STAGES, STEP, BM, BN, SIDES, TURNS,
+                         GROUPED, ZERO, BIAS, HELPED, TOGETHER, 2)),
+            (_multiply, (wb, xb, gb, yb, rb, full, empty, given, taken, there, y, a, total, scale, zero, bias, sums,
+                         tickets, M, N, tiles_n, tiles_m, blocks, lent, BITS, STAGES, STEP, BM, BN, SIDES, TURNS,
+                         GROUPED, ZERO, BIAS, HELPED, TOGETHER, 3)),
+            (_fetch, (w, x, tail, wb, xb, gb, full, empty, ready, there, tickets, tiles_n, tiles_m, blocks, lent,
+                      BITS, STAGES, STEP, BM, BN, SIDES, TURNS, GROUPED, HELPED, TOGETHER)),
         ], [4, 4, 4, 1], [112, 112, 112, 24])  # fmt: skip
 
 
@@ -382,10 +382,17 @@ ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float3
 """Gluon's names of the outputs' dtypes."""
 
 
+FINISHED = 32
+"""Tokens whose results are finished, and sent off, at once."""
+
+HAND = 8
+"""Blocks of 128 columns that a program multiplies while another one hands over its sums."""
+
+
 @functools.cache
-def _flags(device: torch.device) -> Tensor:
-    """Return the flags of a card's shared tiles: zero before and after every launch, which follow each other."""
-    return torch.zeros(4096, dtype=torch.int32, device=device)
+def tickets(device: torch.device) -> Tensor:
+    """Return the counts of a card's tiles: zero before and after every launch, which follow each other."""
+    return torch.zeros(processors(), dtype=torch.int32, device=device)
 
 
 def serves(k: int, n: int, dtype: torch.dtype) -> bool:
@@ -406,40 +413,60 @@ def launch(
     lines = bn if bits == 8 else bn // 2
     blocks = ceil_div(k, SIDE)
     tiles = ceil_div(m, bm) * ceil_div(n, tile.weights)
-    stream = tile.split > 1 and tiles % sms != 0
-    programs = min(sms, tiles * ceil_div(blocks, tile.step)) if stream else min(sms, tiles)
+    tile = fitted(tile, y.element_size(), bits=bits, grouped=grouped)
     flat = w.view(torch.int8) if bits == 8 else w.view(torch.int8).view(-1, SIDE)
-    sums = torch.empty(programs * tile.weights * bm, dtype=torch.int32, device=x.device) if stream else total
+    programs, borrowed, sums = min(sms, tiles), 0, total
+    if tile.split > 1:
+        borrowed = lent(tiles, ceil_div(blocks, tile.step), tile.step, sms)
+    if borrowed:
+        programs = min(sms, 2 * tiles)
+        sums = torch.empty(tiles * tile.weights * bm, dtype=torch.int32, device=x.device)
     hopper_kernel[(programs,)](
         TensorDescriptor.from_tensor(x, [bm, SIDE], _layout(bm, SIDE, gl.int8)),
         TensorDescriptor.from_tensor(flat, [lines, SIDE], _layout(lines, SIDE, gl.int8)),
         TensorDescriptor.from_tensor(w.view(torch.uint8).view(-1), [256], gl.NVMMASharedLayout(0, 8, rank=1)),
-        TensorDescriptor.from_tensor(y, [bm, bn], _layout(bm, bn, ELEMENTS[y.dtype])),
-        a, total, scale, zero, bias, sums, _flags(x.device), m, n, blocks,
-        **constants(
-            fitted(tile, y.element_size(), bits=bits, grouped=grouped),
-            bits=bits, grouped=grouped, zero=has_zero, bias=has_bias, stream=stream,
-        ),
+        TensorDescriptor.from_tensor(y, [min(bm, FINISHED), bn], _layout(min(bm, FINISHED), bn, ELEMENTS[y.dtype])),
+        a, total, scale, zero, bias, sums, tickets(x.device), m, n, blocks, borrowed,
+        **constants(tile, bits=bits, grouped=grouped, zero=has_zero, bias=has_bias, helped=borrowed > 0),
         num_warps=4, enable_fp_fusion=False, launch_pdl=True,
     )  # fmt: skip
 
 
+def lent(tiles: int, steps: int, step: int, sms: int) -> int:
+    """Return how many steps of each tile helpers take; 0 where there are too few of them: one per two tiles.
+
+    All programs must run at once, because those of the tiles wait for their helpers.
+    """
+    helpers = min(sms, 2 * tiles) - tiles
+    if helpers <= 0:
+        return 0
+    turns = ceil_div(tiles, helpers)
+    return max(0, steps - turns * ceil_div(HAND, step)) // (turns + 1) if turns <= 2 else 0
+
+
 def fitted(tile: Tile, element: int, *, bits: int, grouped: bool) -> Tile:
     """Return a tile with as many stages as shared memory holds beside results of so many bytes each."""
-    bm, turns = tile.tokens, groups(tile)[1]
-    block = bm * SIDE + tile.weights * SIDE * bits // 8 + (256 * ceil_div(tile.weights, SIDE) if grouped else 0)
-    others = (turns - 1) * tile.weights * bm * 4
-    room = SHARED_BYTES[90] - 2048 - tile.weights * bm * element - others  # barriers and alignment take the 2 KiB
-    return replace(tile, stages=min(tile.stages, room // (block * tile.step) // turns * turns))
+    turns = groups(tile)[1]
+    others, stage = _bytes(tile, element, bits=bits, grouped=grouped)
+    return replace(tile, stages=min(tile.stages, (SHARED_BYTES[90] - others) // stage // turns * turns))
 
 
-def constants(tile: Tile, *, bits: int, grouped: bool, zero: bool, bias: bool, stream: bool) -> dict[str, Any]:
+def _bytes(tile: Tile, element: int, *, bits: int, grouped: bool) -> tuple[int, int]:
+    """Return the shared memory of a program without its stages, and that of one stage."""
+    bm, (sides, turns) = tile.tokens, groups(tile)
+    tails = sides // 2 if tile.weights == 64 * sides and sides % 2 == 0 else sides
+    block = bm * SIDE + tile.weights * SIDE * bits // 8 + (256 * tails if grouped else 0)
+    others = tile.weights * (bm * (turns - 1) * 4 + min(bm, 2 * FINISHED) * element)
+    return others + 2048, block * tile.step  # barriers and alignment take the 2 KiB
+
+
+def constants(tile: Tile, *, bits: int, grouped: bool, zero: bool, bias: bool, helped: bool) -> dict[str, Any]:
     """Return what `hopper_kernel` is compiled for."""
     sides, turns = groups(tile)
     return {
-        "BITS": bits, "GROUPED": grouped, "ZERO": zero, "BIAS": bias, "STREAM": stream, "TOGETHER": tile.order,
-        "BM": tile.tokens, "BN": tile.weights // sides, "SIDES": sides, "TURNS": turns, "STEP": tile.step,
-        "STAGES": tile.stages,
+        "BITS": bits, "GROUPED": grouped, "ZERO": zero, "BIAS": bias, "HELPED": helped,
+        "TOGETHER": tile.order, "BM": tile.tokens, "BN": tile.weights // sides, "SIDES": sides,
+        "TURNS": turns, "STEP": tile.step, "STAGES": tile.stages,
     }  # fmt: skip
 
 
@@ -452,14 +479,14 @@ def groups(tile: Tile) -> tuple[int, int]:
 
 def boxes(tile: Tile, element: str, *, bits: int) -> dict[str, str]:
     """Return the types of the kernel's copied arguments for a dtype of y, "fp16" or "bf16"."""
-    bm, bn = tile.tokens, tile.weights // groups(tile)[0]
+    bm, bn, bs = tile.tokens, tile.weights // groups(tile)[0], min(tile.tokens, FINISHED)
     lines = bn if bits == 8 else bn // 2
     of = {"fp16": gl.float16, "bf16": gl.bfloat16, "fp32": gl.float32}[element]
     return {
         "x": f"tensordesc<i8[{bm}, {SIDE}],{_layout(bm, SIDE, gl.int8)!r}>",
         "w": f"tensordesc<i8[{lines}, {SIDE}],{_layout(lines, SIDE, gl.int8)!r}>",
         "tail": f"tensordesc<u8[256],{gl.NVMMASharedLayout(0, 8, rank=1)!r}>",
-        "y": f"tensordesc<{element}[{bm}, {bn}],{_layout(bm, bn, of)!r}>",
+        "y": f"tensordesc<{element}[{bs}, {bn}],{_layout(bs, bn, of)!r}>",
     }
 
 

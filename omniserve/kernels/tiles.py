@@ -27,7 +27,7 @@ KINDS = ("row", "g128", "w8a8")
 class Tile:
     """How one product is cut: BM tokens by BN weights, `step` blocks of 128 columns per turn of the loop.
 
-    split     parts of K that are added up afterwards; "gluon": above 1, tiles that do not fill the grid are shared
+    split     parts of K that are added up afterwards; "gluon": above 1, free multiprocessors help (`hopper.lent`)
     language  "triton"; on compute capability 9.0, under tested versions of Triton, "gluon" (`hopper.py`) or "few"
               (`few.py`)
     order     tiles of tokens that follow each other on one panel of weights

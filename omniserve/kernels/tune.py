@@ -25,6 +25,7 @@ from torch import Tensor
 from omniserve.base.numbers import ceil_div
 from omniserve.formats.blocks import BLOCK_BYTES, CODE_BYTES, SIDE
 from omniserve.kernels.device import architecture, processors
+from omniserve.kernels.hopper import lent
 from omniserve.kernels.linear import product
 from omniserve.kernels.tiles import KINDS, TABLES, Entry, Tile, default, entry_of
 
@@ -61,7 +62,7 @@ def candidates(kind: str, tokens: int, rows: int, columns: int, arch: int, sms: 
     for tile in _gluon(kind, tokens):
         yield tile
         tiles = ceil_div(tokens, tile.tokens) * ceil_div(rows, tile.weights)
-        if tile.step == 2 and tiles % sms:
+        if lent(tiles, ceil_div(columns, SIDE * tile.step), tile.step, sms):
             yield replace(tile, split=2)
 
 
@@ -87,16 +88,17 @@ def _few(kind: str, tokens: int, rows: int, columns: int, sms: int) -> Iterator[
 
 
 def _gluon(kind: str, tokens: int) -> Iterator[Tile]:
-    """Yield tiles of the kernel for 9.0: two or four groups of warps, as many stages as shared memory holds."""
+    """Yield tiles of the kernel for 9.0: two to four groups of warps, as many stages as shared memory holds."""
     bm = 8 if tokens <= 8 else 16
     few = {"w8a8": ((bm, 64, 2, 17, 8), (bm, 128, 1, 9, 9), (bm, 128, 2, 17, 4))}.get(
         kind, ((bm, 64, 2, 9, 12), (bm, 64, 4, 17, 8), (bm, 128, 2, 17, 8), (bm, 256, 1, 9, 9))
     )
     some = (
-        (64, 64, 1, 17, 16), (64, 128, 1, 17, 10), (64, 256, 1, 17, 7), (64, 256, 1, 9, 7), (32, 128, 2, 17, 8),
-        (32, 64, 2, 17, 12), (32, 64, 4, 17, 6),
+        (64, 64, 2, 9, 6), (64, 64, 2, 13, 6), (64, 128, 1, 17, 10), (64, 256, 1, 17, 7), (64, 256, 1, 9, 7),
+        (32, 128, 2, 17, 8), (32, 64, 2, 17, 12), (32, 64, 4, 17, 6),
     )  # fmt: skip
-    many = (128, 64, 1, 9, 8), (128, 128, 1, 9, 6), (128, 256, 1, 9, 4), (256, 128, 1, 9, 4), (128, 256, 1, 17, 4)
+    more = (128, 64, 2, 9, 4), (128, 64, 1, 13, 6), (128, 128, 2, 9, 4), (128, 192, 2, 13, 3), (128, 256, 1, 17, 6)
+    many = (128, 64, 1, 9, 8), (128, 128, 1, 9, 7), (128, 256, 1, 9, 4), (256, 128, 1, 9, 4), (128, 256, 1, 17, 4)
     if tokens <= 16:
         sizes = few
     elif tokens <= 32:
@@ -104,7 +106,7 @@ def _gluon(kind: str, tokens: int) -> Iterator[Tile]:
     elif tokens <= 64:
         sizes = some
     else:
-        sizes = (*some[:4], *many) if tokens <= 256 else many
+        sizes = (*some[:5], *more, *many) if tokens <= 256 else many
     for bm, wide, step, warps, stages in sizes:
         for order in (8,) if tokens < 8192 else (4, 8, 16):
             yield Tile(bm, wide, step, warps, stages, language="gluon", order=order)
