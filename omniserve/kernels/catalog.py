@@ -52,7 +52,7 @@ GLUON_LOOPS = {"g128": 200, "row": 115, "w8a8": 60}
 """The same of the kernel for compute capability 9.0, for a block of each group of warps."""
 
 
-FEW_LOOPS = {"g128": 210, "row": 140, "w8a8": 125}
+FEW_LOOPS = {"g128": 175, "row": 115, "w8a8": 105}
 """The same of the kernel for few tokens."""
 
 FEW = Tile(16, 64, 2, 4, 4, 4, "few")
@@ -178,12 +178,12 @@ def _few(tile: Tile, kind: str, tokens: int, n: int, k: int) -> Spec:
         name=f"few gemm {kind} {tokens}x{n}x{k}",
         arch=90,
         kernel=few.few_kernel,
-        types=few.boxes(tile, "bf16", bits=bits)
+        types=few.boxes(tile, "bf16", bits=bits, grouped=grouped)
         | pointers
-        | {"tickets": "*i32", "M": "i32", "N": "i32", "blocks": "i32"},
+        | {"tickets": "*i32", "M": "i32", "N": "i32", "blocks": "i32", "parts": "i32"},
         constants=few.constants(tile, bits=bits, grouped=grouped, zero=kind == "row", bias=False),
         warps=tile.warps,
-        loose=("M", "N", "blocks"),
+        loose=("M", "blocks", "parts"),
         fusion=False,
         matrix=_int8(90, packed=bits == 4),
         longest=FEW_LOOPS[kind] * tile.step,
