@@ -186,7 +186,7 @@ def _few(tile: Tile, kind: str, tokens: int, n: int, k: int) -> Spec:
         loose=("M", "blocks", "parts"),
         fusion=False,
         matrix=_int8(90, packed=bits == 4),
-        longest=FEW_LOOPS[kind] * tile.step,
+        longest=FEW_LOOPS[kind] * tile.step * (tile.weights // (16 * tile.warps)),
         most_registers=few.registers(tile),
         first=kind == "row" and tile == FEW,
     )

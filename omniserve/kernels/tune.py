@@ -71,9 +71,17 @@ def _few(kind: str, tokens: int, rows: int, columns: int, sms: int) -> Iterator[
     if tokens > 256:
         return
     sizes = {
-        16: ((64, 2, 4, 4), (64, 2, 4, 6), (64, 4, 4, 4), (128, 2, 8, 5), (64, 1, 4, 8)),
-        32: ((64, 2, 4, 6), (64, 4, 4, 3), (128, 1, 8, 8), (128, 2, 8, 4), (64, 1, 4, 6)),
-        64: ((64, 2, 4, 4), (64, 1, 4, 4), (128, 2, 8, 3), (128, 1, 8, 5)),
+        16: (
+            (64, 2, 4, 6),
+            (64, 4, 4, 3),
+            (64, 4, 4, 4),
+            (64, 4, 4, 6),
+            (128, 2, 4, 5),
+            (128, 2, 8, 5),
+            (128, 4, 8, 3),
+        ),
+        32: ((64, 2, 4, 6), (64, 4, 4, 3), (64, 4, 4, 5), (128, 1, 8, 8), (128, 2, 8, 4)),
+        64: ((64, 2, 4, 4), (64, 2, 4, 6), (64, 1, 4, 4), (128, 1, 4, 5), (128, 2, 8, 3), (128, 2, 4, 3)),
         128: ((64, 1, 4, 4), (128, 1, 8, 4)),
     }
     bm = next((one for one in (8, 16, 32, 64) if tokens <= one), 128)
@@ -83,7 +91,8 @@ def _few(kind: str, tokens: int, rows: int, columns: int, sms: int) -> Iterator[
             tiles = ceil_div(tokens, most) * ceil_div(rows, wide)
             for split in (1, 2, 3, 4, 6, 8) if most <= 32 else (1, 2, 3, 4):
                 fills = split == 1 or 0.65 * sms <= tiles * split <= 4 * sms
-                if fills and stage * stages <= LIGHT and ceil_div(columns, SIDE) >= 4 * split:
+                room = LIGHT if tiles * split > sms else 2 * LIGHT
+                if fills and stage * stages <= room and ceil_div(columns, SIDE) >= 4 * split:
                     yield Tile(most, wide, step, warps, stages, split, "few")
 
 
