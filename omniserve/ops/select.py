@@ -178,10 +178,11 @@ def top_pages(scores: Tensor, pages: Tensor, forced: Tensor, count: int) -> Tens
     scores  [R, H, P]
     pages   int64 [R]: the first so many pages exist; a row with fewer than `count` gets all of them, and behind them
             numbers that are not pages
-    forced  bool [R, P]: pages that are always taken
+    forced  bool [R, P]: pages that are always taken, if they exist
     Equal scores: the smaller page.
     """
     existing = torch.arange(scores.shape[2], device=scores.device) < pages[:, None]
+    forced = forced & existing
     ranked = scores.masked_fill(forced[:, None], float("inf")).masked_fill(~existing[:, None], float("-inf"))
     # A score may be infinite itself: forced pages come first all the same.
     order = torch.sort(ranked, dim=-1, descending=True, stable=True).indices

@@ -21,7 +21,7 @@ STATIC = Sparsity(streaming=0.5, sink=20, local=33, prefill_local=50)
 DYNAMIC = Sparsity(budget=192, interval=3, scores="bounds")
 LSERVE = Sparsity(streaming=0.5, sink=70, local=40, prefill_local=30, budget=192, interval=4)
 TILED = Sparsity(
-    streaming=0.5, sink=5, local=64, prefill_local=100, budget=192, interval=2, prefill_budget=192, prefill_from=0
+    streaming=0.5, sink=5, local=64, prefill_local=100, budget=192, interval=2, prefill_budget=256, prefill_from=0
 )
 WHOLE_LAYERS = ((0.9, 0.8, 0.7), (0.1, 0.2, 0.05))
 """A layer without streaming heads and one without retrieval heads."""
@@ -172,6 +172,15 @@ def test_enough_is_dense(name: str, precision: tuple[str, bool, str], batch: lis
     model = load(word, static=static, model=kind, sparsity=DENSE_LIKE[name], key_mean=word == "w4a8kv4")
     dense = load(word, static=static, model=kind, key_mean=word == "w4a8kv4")
     assert tokens(model, Shape(step=256), batch) == tokens(dense, Shape(step=256), batch)
+
+
+def test_tiles_of_one_step_choose_as_alone() -> None:
+    """The second tile's budget is all that it may see: nothing behind it, which the third one has, takes a place."""
+    model = load("w16a16kv16", sparsity=TILED)
+    generator = torch.Generator().manual_seed(7)
+    ask = [Ask(tuple(torch.randint(3, 211, (300,), generator=generator).tolist()), tokens=16, temperature=1.0)]
+    found = {step: tokens(model, Shape(step=step, prefix=False), ask)[0] for step in (136, 264, 512)}
+    assert len(set(found.values())) == 1, found
 
 
 def test_sparsity_changes_something() -> None:

@@ -93,7 +93,7 @@ def test_top_pages_against_sorted_lists(data: st.DataObject) -> None:
     scores = [data.draw(st.lists(value, min_size=width, max_size=width)) for _ in pages]
     forced = torch.zeros(len(pages), width, dtype=torch.bool)
     for row, n in enumerate(pages):
-        forced[row, [0, n - 1]] = True
+        forced[row, [0, *range(n - 1, width)]] = True  # what does not exist cannot be taken
     chosen = top_pages(torch.tensor(scores)[:, None], torch.tensor(pages), forced, count)
     for row, n in enumerate(pages):
         rest = sorted(set(range(1, n - 1)), key=lambda page: (-scores[row][page], page))
