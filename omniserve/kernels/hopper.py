@@ -445,10 +445,13 @@ def lent(tiles: int, steps: int, step: int, sms: int) -> int:
 
 
 def fitted(tile: Tile, element: int, *, bits: int, grouped: bool) -> Tile:
-    """Return a tile with as many stages as shared memory holds beside results of so many bytes each."""
+    """Return a tile with as many stages as shared memory holds beside results of so many bytes each.
+
+    A stage belongs to one of the groups that take turns: another one would wait for a phase that looks complete.
+    """
     turns = groups(tile)[1]
     others, stage = _bytes(tile, element, bits=bits, grouped=grouped)
-    return replace(tile, stages=min(tile.stages, (SHARED_BYTES[90] - others) // stage // turns * turns))
+    return replace(tile, stages=min(tile.stages, (SHARED_BYTES[90] - others) // stage) // turns * turns)
 
 
 def _bytes(tile: Tile, element: int, *, bits: int, grouped: bool) -> tuple[int, int]:
