@@ -5,6 +5,7 @@ and 8 key heads, D = 128) and SmolLM2-135M (hidden 576, D = 64, groups of 3).
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import triton
 
@@ -21,6 +22,7 @@ from omniserve.kernels import (
     keep,
     linear,
     lists,
+    nucleus,
     pick,
     prefill,
     produced,
@@ -273,6 +275,38 @@ def _pick(arch: int) -> Iterator[Spec]:
         warps=8,
         loose=anywhere,
         **common,
+    )
+    yield from _nucleus(logits, anywhere, common)
+
+
+def _nucleus(logits: dict[str, str], anywhere: tuple[str, ...], common: dict[str, Any]) -> Iterator[Spec]:
+    filters = {"temperature": "*fp64", "top_p": "*fp64", "min_p": "*fp64", "parts": "i32"}
+    shared = logits | filters | {"state": "*i64"}
+    parting = shared | {"top_k": "*i64", "sums": "*i64"}
+    listing = {"sure": "*i64", "listed": "*i64"}
+    size = {"PARTS": 32, "BLOCK": pick.PART}
+    alike = common | {"warps": 8, "loose": anywhere, "fusion": False}
+    for level in (0, 1):
+        yield Spec(
+            name=f"filters: level {level}",
+            kernel=nucleus.level_kernel,
+            types=parting,
+            constants={"LEVEL": level, "M": nucleus.BORDERS, **size},
+            **alike,
+        )
+    yield Spec(
+        name="filters: list",
+        kernel=nucleus.list_kernel,
+        types=parting | listing,
+        constants={"LEVEL": nucleus.LEVELS, "M": nucleus.BORDERS, **size},
+        **alike,
+    )
+    yield Spec(
+        name="filters: a draw",
+        kernel=nucleus.nucleus_kernel,
+        types=shared | listing | {"out": "*i64", "seed": "*i64", "position": "*i64"},
+        constants={"LEVEL": nucleus.LEVELS, **size},
+        **alike,
     )
 
 

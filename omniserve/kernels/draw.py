@@ -33,7 +33,7 @@ def _shifted(z, BY: tl.constexpr):
 
 
 @triton.jit
-def _uniform(seed, position):
+def uniform(seed, position):
     """`ops.sample.uniform` of two numbers."""
     z = seed + (position + 1) * -7046029254386353131
     z = (z ^ _shifted(z, 30)) * -4658895280553007687
@@ -101,9 +101,10 @@ def top_kernel(
         weight = weight / tl.sum(weight, 0)
         before = tl.cumsum(weight, 0) - weight
         weight = tl.where((before < tl.load(top_p + row)) | (rank == 0), weight, 0.0)
-        target = _uniform(tl.load(seed + row), tl.load(position + row)) * tl.sum(weight, 0)
-        chosen = _first_beyond(tl.cumsum(weight, 0), weight, target, rank)
-        tl.store(out + row, tl.sum(tl.where(rank == chosen, place_of(best), 0), 0))
+        target = uniform(tl.load(seed + row), tl.load(position + row)) * tl.sum(weight, 0)
+        by_id = tl.sort((place_of(best) << 6) | rank)
+        place, weight = by_id >> 6, tl.gather(weight, (by_id & 63).to(tl.int32), 0)
+        tl.store(out + row, _first_beyond(tl.cumsum(weight, 0), weight, target, place))
     else:
         tl.store(out + row * wanted + rank, place_of(best), mask=rank < wanted)
 
@@ -132,7 +133,7 @@ def draw_kernel(
     key = tl.max(tl.load(keys + row * parts + each, mask=each < parts, other=-0x8000000000000000), 0)
     mass = tl.load(sums + row * parts + each, mask=each < parts, other=0.0)
     cumulative = tl.cumsum(mass, 0)
-    target = _uniform(tl.load(seed + row), tl.load(position + row)) * tl.sum(mass, 0)
+    target = uniform(tl.load(seed + row), tl.load(position + row)) * tl.sum(mass, 0)
     part = _first_beyond(cumulative, mass, target, each)
     before = tl.sum(tl.where(each < part, mass, 0.0), 0)
     at = part * BLOCK + tl.arange(0, BLOCK)
@@ -157,7 +158,7 @@ def _top(logits: Tensor, chance: Chance | None, count: int) -> Tensor:
     most = ceil_div(vocab, SIDE)
     need(most <= 8192, f"the likeliest of {vocab} tokens on a GPU: vocabularies up to {8192 * SIDE} are there")
     keys = torch.empty(rows, most, dtype=torch.int64, device=logits.device)
-    spare = [out] * 7 if chance is None else _parameters(chance)
+    spare = [out] * 7 if chance is None else parameters(chance)
     where, seed, position, top_k, temperature, top_p, min_p = spare
     maxima_kernel[(ceil_div(vocab, PART), rows)](
         logits, where, keys, vocab, logits.stride(0), most, chance is not None, PART, num_warps=8
@@ -169,7 +170,7 @@ def _top(logits: Tensor, chance: Chance | None, count: int) -> Tensor:
     return out
 
 
-def _parameters(chance: Chance) -> list[Tensor]:
+def parameters(chance: Chance) -> list[Tensor]:
     """Rows, seed, position, top_k, temperature, top_p, min_p, each with its numbers side by side."""
     fields = (
         chance.rows, chance.seed, chance.position, chance.top_k, chance.temperature, chance.top_p, chance.min_p,
@@ -200,7 +201,7 @@ def draw_whole_triton(logits: Tensor, chance: Chance) -> Tensor:
     parts = ceil_div(vocab, PART)
     keys = torch.empty(rows, parts, dtype=torch.int64, device=logits.device)
     sums = torch.empty(rows, parts, dtype=torch.float64, device=logits.device)
-    where, seed, position, _, temperature, _, _ = _parameters(chance)
+    where, seed, position, _, temperature, _, _ = parameters(chance)
     stride, padded = logits.stride(0), triton.next_power_of_2(parts)
     grid = (parts, rows)
     parts_kernel[grid](logits, where, keys, vocab, stride, parts, True, PART, num_warps=8)

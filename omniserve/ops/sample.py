@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from omniserve.base.types import Admission
+from omniserve.ops import nucleus
 from omniserve.ops.dispatch import operation
 from omniserve.ops.transfer import placed, sent
 
@@ -353,7 +354,7 @@ def sample(logits: Tensor, rows: SampleRows) -> Tensor:
     nothing); repetition, frequency and presence penalties. A greedy row then takes the largest logit, the smallest id
     among equals. The others: softmax at the temperature; tokens below min_p times the largest probability go; then all
     but the top_k, ties by token id; then the tail beyond top_p of what is left (the first token that crosses it stays);
-    then the inverse of the cumulative distribution at u(seed, position).
+    then the inverse of the cumulative distribution, along the ids, at u(seed, position).
 
     A row that holds NaN or whose largest logit is infinite yields `CORRUPTED`, one whose tokens are all forbidden
     `EXHAUSTED`; other rows do not notice.
@@ -372,7 +373,7 @@ def sample(logits: Tensor, rows: SampleRows) -> Tensor:
     if rows.narrow is not None:
         tokens[rows.narrow.rows] = draw_narrow(adjusted, rows.narrow)
     if rows.filtered is not None:
-        tokens[rows.filtered.rows] = _draw_among(adjusted[rows.filtered.rows], rows.filtered, logits.shape[1])
+        tokens[rows.filtered.rows] = draw_filtered(adjusted, rows.filtered)
     return torch.where(likeliest < 0, likeliest, tokens)
 
 
@@ -445,13 +446,8 @@ def draw_whole(logits: Tensor, chance: Chance) -> Tensor:
 @operation
 def draw_narrow(logits: Tensor, chance: Chance) -> Tensor:
     """Return a token for each of the chance's rows of logits [S, V], of the `NARROW` likeliest, filtered; int64 [s]."""
-    return _draw_among(logits[chance.rows], chance, NARROW)
-
-
-def _draw_among(logits: Tensor, chance: Chance, width: int) -> Tensor:
-    """Draw from the `width` likeliest tokens, filtered. The width is no matter of the other rows: sums depend on it."""
-    x = logits.to(_exact(logits))
-    tokens = _largest(x, min(width, x.shape[1]))
+    x = logits[chance.rows].to(_exact(logits))
+    tokens = likeliest(x, min(NARROW, x.shape[1]))
     ordered = x.gather(1, tokens)
     # In fp64: a GPU adds up few rows in another order than many, and no row's draw may depend on its batch.
     weight = torch.exp(_heat(ordered, ordered[:, :1], chance)).double()  # 1 for the likeliest
@@ -462,7 +458,20 @@ def _draw_among(logits: Tensor, chance: Chance, width: int) -> Tensor:
     probability = weight / weight.sum(-1, keepdim=True)
     before = probability.cumsum(-1) - probability
     probability = probability * ((before < chance.top_p[:, None]) | (rank == 0))
-    return tokens.gather(1, _choose(probability, chance)[:, None])[:, 0]
+    tokens, order = tokens.sort(-1)
+    return tokens.gather(1, _choose(probability.gather(1, order), chance)[:, None])[:, 0]
+
+
+@operation
+def draw_filtered(logits: Tensor, chance: Chance) -> Tensor:
+    """Return a token for each of the chance's rows of logits [S, V], from all that filters leave; int64 [s].
+
+    In whole numbers, as `nucleus` says, and along the ids: the order of the likeliest decides which tokens stay alone.
+    """
+    x = logits[chance.rows].to(_exact(logits))
+    weight = nucleus.weights(x, chance.temperature)
+    left = nucleus.kept(weight, _ranked(x, x.shape[1]), chance.top_k, chance.top_p, chance.min_p)
+    return nucleus.chosen(left, uniform(chance.seed, chance.position))
 
 
 def _choose(probability: Tensor, chance: Chance) -> Tensor:
@@ -505,6 +514,7 @@ def warm(logits: Tensor) -> None:
     )
     sample(logits, SampleRows(whole=chance))
     sample(logits, SampleRows(narrow=chance))
+    sample(logits, SampleRows(filtered=chance))
     logprobs(logits, one.expand(logits.shape[0]), 1)
 
 

@@ -546,8 +546,28 @@ def draw_whole() -> Iterator[tuple[str, Args]]:
     yield "no row", (x, _chance([], top_k=0))
 
 
+def draw_filtered() -> Iterator[tuple[str, Args]]:
+    """Peaked and flat rows, equals across every border, forbidden and broken logits, any filter, no row, one token."""
+    for vocab in (1, 5, 211, 9001):
+        x = torch.randn(9, vocab, generator=_generator(vocab)) * torch.linspace(0.1, 6, 9)[:, None]
+        x[3, 1 : vocab // 2] = -torch.inf
+        x[4, : vocab - 1] = -torch.inf
+        yield f"{vocab} top_p", (x, _chance([8, 4, 3, 0, 0, 6], top_k=0, top_p=0.9))
+    yield "min_p", (x, _chance([7, 2], top_k=0, min_p=0.05))
+    yield "all filters", (x, _chance([5, 0], top_k=90, top_p=0.8, min_p=0.01))
+    yield "all filters fp16", (x.half(), _chance([5, 1], top_k=1000, top_p=0.99, min_p=1e-6))
+    yield "equals", (x.round(), _chance([1, 6, 8], top_k=2500, top_p=0.97))
+    yield "equals everywhere", (x * 0 + 2, _chance([1], top_k=0, top_p=0.71))
+    yield "a large top_k", (x, _chance([0], top_k=5000, top_p=0.99))
+    broken = x[:3].clone()
+    broken[0], broken[1, 77], broken[2, 5000] = -torch.inf, torch.inf, torch.nan
+    yield "broken rows disturb none", (torch.cat([broken, x[8:]]), _chance([3], top_k=0, top_p=0.5))
+    yield "no row", (x, _chance([], top_k=0, top_p=0.5))
+
+
 CASES: dict[str, Callable[[], Iterator[tuple[str, Args]]]] = {
     "int_matmul": int_matmul,
+    "draw_filtered": draw_filtered,
     "draw_narrow": draw_narrow,
     "draw_whole": draw_whole,
     "gemm_w16a16": gemm_w16a16,
