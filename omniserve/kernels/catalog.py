@@ -585,12 +585,12 @@ def _prefill(arch: int) -> Iterator[Spec]:
                     types=flash.boxes(head_dim, "bf16")
                     | {
                         "out": model, "plan": "*i32", "to": "*i64", "out_stride": "i32", "out_head": "i32",
-                        "keys": "i32", "heads": "i32", "together": "i32", "items": "i32", "scale": "fp32",
+                        "keys": "i32", "heads": "i32", "together": "i32", "tiles": "i32", "scale": "fp32",
                         "sink": "i32", "local": "i32",
                     },
                     constants={"TO": window, "WINDOW": window, "G": group, "D": head_dim},
                     warps=4,
-                    loose=("out_head", "keys", "heads", "together", "items", "sink", "local", "to"),
+                    loose=("out_head", "keys", "heads", "together", "tiles", "sink", "local", "to"),
                     matrix="wgmma",
                     longest=FLASH_LOOP,
                     first=group == 4,

@@ -235,7 +235,7 @@ def _compute(
 
 
 @gluon.jit(
-    do_not_specialize=["out_head", "keys", "heads", "together", "items", "sink", "local"],
+    do_not_specialize=["out_head", "keys", "heads", "together", "tiles", "sink", "local"],
     do_not_specialize_on_alignment=["to"],
 )
 def flash_gluon_kernel(
@@ -243,14 +243,14 @@ def flash_gluon_kernel(
     k_desc,  # [H N, D], blocks of BLOCK keys
     v_desc,
     out,  # [T, Hq, D], tokens `out_stride` apart
-    plan,  # int32 [tiles, FIELDS]
+    plan,  # int32 [tiles + 1, FIELDS]; the last row begins with how many tiles there are
     to,  # int64 [heads], read if TO
     out_stride,
     out_head,  # where the first of these heads goes in `out`
     keys,  # N
     heads,  # query heads
     together,  # of them, those that go through all tiles before the next ones do: they share what is in the cache
-    items,  # tiles times heads
+    tiles,  # at most
     scale,  # of scores, times log2(e)
     sink,
     local,
@@ -260,6 +260,7 @@ def flash_gluon_kernel(
     D: gl.constexpr,
 ):
     """One (tile, head) after the other, in the order of the plan."""
+    items = gl.load(plan + tiles * _FIELDS) * heads
     q_s = gl.allocate_shared_memory(q_desc.dtype, [2, _HALF, D], q_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [_STAGES, _BLOCK, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(v_desc.dtype, [_STAGES, _BLOCK, D], v_desc.layout)
@@ -308,7 +309,7 @@ def launch(
     tiles differ; the heads of one key keep its keys in the cache where they do not (measured from 128K on: 7 to 12 %)
     """
     tokens, heads, head_dim = q.shape
-    items = plan.shape[0] * heads
+    tiles = plan.shape[0] - 1
     flat = TensorDescriptor(
         q,
         [tokens, heads * head_dim],
@@ -320,9 +321,9 @@ def launch(
         TensorDescriptor.from_tensor(x.view(-1, head_dim), [BLOCK, head_dim], _layout(BLOCK, head_dim, x.dtype))
         for x in (k, v)
     )
-    flash_gluon_kernel[(min(items, programs),)](
+    flash_gluon_kernel[(min(tiles * heads, programs),)](
         flat, keys, values, out, plan, plan if to is None else to, out.stride(0), out_head, k.shape[1], heads,
-        together, items, scale, sink, local or 0, TO=to is not None, WINDOW=local is not None, G=group,
+        together, tiles, scale, sink, local or 0, TO=to is not None, WINDOW=local is not None, G=group,
         D=head_dim, num_warps=4,
     )  # fmt: skip
 

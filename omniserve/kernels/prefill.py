@@ -69,7 +69,7 @@ def _sizes(r, rows, cu_q, seq_len, sink, local, places, LISTED: tl.constexpr, WI
 
 @triton.jit
 def _tile(tile, tiles, rows, cu_q, seq_len, count, sink, local, places, LISTED: tl.constexpr, WINDOW: tl.constexpr):
-    """Return what the plan says of tiles, pages for keys, and how many blocks of keys they read (-1: no tile)."""
+    """Return what the plan says of tiles, how many blocks of keys they read (-1: no tile), and all rows' tiles."""
     of = tile * 0
     first = tile * 0
     start = tile * 0
@@ -82,7 +82,7 @@ def _tile(tile, tiles, rows, cu_q, seq_len, count, sink, local, places, LISTED: 
         first += tl.sum(tl.where(past, more[None, :], 0), 1)
         start += tl.sum(tl.where(past, size[None, :], 0), 1)
         whole += tl.sum(more, 0)
-    there = tile < tiles
+    there = tile < tl.minimum(tiles, whole)
     token = tl.load(cu_q + of, mask=there, other=0)
     queries = tl.load(cu_q + of + 1, mask=there, other=0) - token
     length = tl.load(seq_len + of, mask=there, other=0)
@@ -99,7 +99,7 @@ def _tile(tile, tiles, rows, cu_q, seq_len, count, sink, local, places, LISTED: 
     if WINDOW:
         opening = tl.maximum(position - local + 1, 0) // _BLOCK
         steps -= tl.maximum(opening - tl.cdiv(sink, _BLOCK), 0)
-    return token + begin, queries, position, start, long, left, tl.where(there, steps, -1)
+    return token + begin, queries, position, start, long, left, tl.where(there, steps, -1), whole
 
 
 @triton.jit(
@@ -109,7 +109,7 @@ def _tile(tile, tiles, rows, cu_q, seq_len, count, sink, local, places, LISTED: 
 def gather_kernel(
     k,  # [H, N, W], keys as numbers
     v,
-    plan,  # int32 [tiles, FIELDS]
+    plan,  # int32 [tiles + 1, FIELDS]
     codes,  # [pages, heads, ...] as codes (uint8) or plain numbers
     scales,  # the same memory as fp16
     ids,  # int32 physical pages
@@ -120,7 +120,7 @@ def gather_kernel(
     seq_len,  # int32 [rows]
     rows,
     pages,  # of the scratch: N / 64
-    tiles,
+    tiles,  # at most; how many there are is written behind them
     places,  # of each row, if LISTED
     heads,  # key heads of a page
     head0,  # the first of those asked for
@@ -144,13 +144,13 @@ def gather_kernel(
     if pid >= pages:
         if head == 0:
             tile = (pid - pages) * _PLANNED + tl.arange(0, _PLANNED)
-            token, queries, position, start, long, left, steps = _tile(
+            token, queries, position, start, long, left, steps, whole = _tile(
                 tile, tiles, rows, cu_q, seq_len, count, sink, local, places, LISTED, WINDOW
             )
             rank = tl.zeros((_PLANNED,), tl.int32)  # longest first
             for begin in range(0, tiles, _PLANNED):
                 other = begin + tl.arange(0, _PLANNED)
-                _, _, _, _, _, _, theirs = _tile(
+                _, _, _, _, _, _, theirs, _ = _tile(
                     other, tiles, rows, cu_q, seq_len, count, sink, local, places, LISTED, WINDOW
                 )
                 longer = theirs[None, :] > steps[:, None]
@@ -164,6 +164,7 @@ def gather_kernel(
             tl.store(at + 3, start * _PAGE, mask=there)
             tl.store(at + 4, long * _PAGE, mask=there)
             tl.store(at + 5, left * _PAGE, mask=there)
+            tl.store(plan + tiles * _FIELDS, whole)
         return
 
     row = pid * 0
@@ -176,6 +177,8 @@ def gather_kernel(
         row += tl.sum(past.to(tl.int32), 0)
         start += tl.sum(tl.where(past, size, 0), 0)
         whole += tl.sum(size, 0)
+    if row >= rows:  # a launch for more pages than there are
+        return
     slot = pid - start
     length = tl.load(seq_len + row)
     begin = length - (tl.load(cu_q + row + 1) - tl.load(cu_q + row))
@@ -273,7 +276,7 @@ def flash_kernel(
     k,  # [H, N, W]
     v,
     out,  # [T, Hq, D], tokens `out_stride` apart
-    plan,  # int32 [tiles, FIELDS]
+    plan,  # int32 [tiles + 1, FIELDS]
     to,  # int64 [G H], read if TO
     q_stride,
     out_stride,
@@ -376,7 +379,11 @@ class Prompts:
 
     @property
     def room(self) -> "Room":
-        """What the rows take."""
+        """What the rows take, or take at most."""
+        most = self.rows.most
+        if most is not None:
+            assert not self.rows.tiles, self.rows
+            return most_room(most.tokens, most.pages, len(self.run))
         chunks = self.rows.chunks[self.run.start - self.rows.singles : self.run.stop - self.rows.singles]
         assert len(chunks) == len(self.run), f"attend: {len(self.run)} rows of prompts, the host knows {len(chunks)}"
         pages, visible = self.reading.pages, self.reading.visible
@@ -386,7 +393,7 @@ class Prompts:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Sizes that the host knows.
+    """Sizes that the host knows; kernels find out how many tiles and pages there really are.
 
     tiles, pages: of all rows, pages in the scratch; places: of these, each row's where pages were chosen, else 0
     level: the longest tile reads at most a tenth more than the shortest
@@ -414,6 +421,11 @@ def room_of(chunks: tuple[range, ...], chosen: int, sink: int, local: int | None
     return Room(tiles, pages, 0, level=local is None and 10 * shortest >= 9 * longest)
 
 
+def most_room(tokens: int, pages: int, rows: int) -> Room:
+    """Return what any rows take at most that have so many queries and pages, whatever of them windows show."""
+    return Room(tokens // QUERIES + rows, pages + rows * (BLOCK // PAGE - 1), 0, level=False)
+
+
 def _even(tokens: int) -> int:
     """Return the pages of the blocks that hold so many tokens."""
     return ceil_div(tokens, BLOCK) * (BLOCK // PAGE)
@@ -424,7 +436,7 @@ def attend_prompts(prompts: Prompts) -> None:
     q, store = prompts.q, prompts.group.store
     width = power_of_two(q.shape[2])
     room = prompts.room
-    plan = torch.empty(room.tiles, FIELDS, dtype=torch.int32, device=q.device)
+    plan = torch.empty(room.tiles + 1, FIELDS, dtype=torch.int32, device=q.device)
     size = room.pages * PAGE
     heads = max(1, min(store.heads, SCRATCH // (2 * size * width * q.element_size())))
     # A few sizes: the allocator keeps one piece of each, while a prompt's chunks ask for more and more.
@@ -449,11 +461,11 @@ def gather(prompts: Prompts, k: Tensor, v: Tensor, plan: Tensor, heads: range) -
         store.head_dim, store.format.bits, slots=not rowwise, listed=places > 0,
         some=index is not None and places == 0, window=visible.local is not None,
     )  # fmt: skip
-    size = k.shape[1] // PAGE
-    gather_kernel[(size + ceil_div(plan.shape[0], PLANNED), len(heads))](
+    size, tiles = k.shape[1] // PAGE, plan.shape[0] - 1
+    gather_kernel[(size + ceil_div(tiles, PLANNED), len(heads))](
         k, v, plan, store.pages.view(store.format.element), store.pages.view(torch.float16), ids,
         ids if index is None else index, pages.count[past], cu_q if rowwise else pages.slots[past], cu_q, seq_len,
-        len(run), size, plan.shape[0], places, store.heads, heads.start, ids.stride(0),
+        len(run), size, tiles, places, store.heads, heads.start, ids.stride(0),
         ids.stride(1) if ids.dim() == 3 else 0, visible.sink, visible.local or 0, **flags, num_warps=4,
     )  # fmt: skip
 
@@ -474,7 +486,7 @@ def flash(prompts: Prompts, k: Tensor, v: Tensor, plan: Tensor, heads: range, *,
         )  # fmt: skip
         return
     flags = constants(per_key, q.shape[2], arch=architecture(), to=to is not None, window=visible.local is not None)
-    flash_kernel[(plan.shape[0] * (QUERIES // flags["QUERIES"]) * asking,)](
+    flash_kernel[((plan.shape[0] - 1) * (QUERIES // flags["QUERIES"]) * asking,)](
         mine, k, v, out, plan, plan if to is None else to, q.stride(0), out.stride(0), first, k.shape[1], asking,
         scale, visible.sink, visible.local or 0, **flags, num_warps=warps_of(flags), num_stages=stages_of(flags),
     )  # fmt: skip

@@ -61,6 +61,17 @@ class Reading:
     visible: Visible
 
 
+@dataclass(frozen=True, slots=True)
+class Most:
+    """What the rows behind the produced ones take at most, where the host does not know them: in captured steps.
+
+    tokens  their queries; pages: those of their whole sequences, each sequence rounded up
+    """
+
+    tokens: int
+    pages: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
     """Runs of adjacent tokens that share a page list; rows of produced positions come first, tiles last.
@@ -73,6 +84,7 @@ class Rows:
     cuts     int32 [2, singles + 1] or None: `cut_rows` of the pages of all leading rows; None: `attend` makes it
              itself, in every layer anew
     chunks   positions of the queries of each row behind the produced ones, as the host knows them
+    most     None, or what these take at most: any of them may be empty then, with seq_len 0, and at least one is not
     """
 
     cu_q: Tensor
@@ -82,6 +94,7 @@ class Rows:
     tiles: int = 0
     cuts: Tensor | None = None
     chunks: tuple[range, ...] = ()
+    most: Most | None = None
 
     @property
     def count(self) -> int:

@@ -135,6 +135,8 @@ def attend(q: Tensor, groups: tuple[HeadGroup, ...], rows: Rows, out: Tensor, wo
                 out[at, to] = _attend_singles(q[at, group.heads], part, first, scale).to(out.dtype)
             for row in range(singles, len(part.lengths)):
                 at = slice(starts[reading.rows.start + row], starts[reading.rows.start + row + 1])
+                if at.start == at.stop:  # a row that pads
+                    continue
                 out[at, to] = _attend_chunk(q[at, group.heads], part, row, scale).to(out.dtype)
 
 

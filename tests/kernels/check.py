@@ -18,7 +18,7 @@ from torch import Tensor
 from omniserve.formats.kv import LayerPages
 from omniserve.formats.table import weight_format
 from omniserve.ops.act import ActFormat
-from omniserve.ops.batch import PageList, Reading, Rows, Visible, Workspace
+from omniserve.ops.batch import Most, PageList, Reading, Rows, Visible, Workspace
 from omniserve.ops.dispatch import TABLE, load_kernels
 from omniserve.ops.pages import HeadGroup, cut_rows
 from tests.parity.cases import CASES, filled
@@ -278,6 +278,44 @@ def chunks(device: str) -> int:
     return failed
 
 
+def padded(device: str) -> int:
+    """Prompts attend to the same bits in a launch that has room for more rows, tiles and pages than there are.
+
+    Pages of 4 bits alone in the interpreter, which is slow.
+    """
+    failed = 0
+    for case, args in CASES["attend"]():
+        q, (group, *others), rows, *_ = (rebuilt(arg, lambda t: t.to(device), lambda d: d) for arg in args)
+        (reading, *more) = group.reads
+        left = device == "cpu" and not case.startswith("kv4")
+        if left or others or more or not rows.chunks or rows.tiles or reading.pages.slots is None:
+            continue
+        kernel = next(one for one in TABLE["attend"].implementations if one.device == "cuda").function
+        together = torch.full_like(q, float("nan"))
+        kernel(q, (group,), rows, together, Workspace(out=together), scale=0.125)
+        extra, tail = 5, 70
+        pages = replace(
+            reading.pages,
+            count=torch.cat((reading.pages.count, reading.pages.count.new_zeros(extra))),
+            slots=torch.cat((reading.pages.slots, reading.pages.slots[:1].expand(extra))),
+        )
+        wide = replace(
+            rows,
+            cu_q=torch.cat((rows.cu_q, rows.cu_q[-1:].expand(extra))),
+            seq_len=torch.cat((rows.seq_len, rows.seq_len.new_zeros(extra))),
+            chunks=(),
+            most=Most(q.shape[0] - rows.singles + tail, sum(-(-c.stop // 64) for c in rows.chunks) + 11),
+        )
+        reads = (replace(reading, rows=range(wide.count), pages=pages),)
+        out = torch.full((q.shape[0] + tail, *q.shape[1:]), float("nan"), dtype=q.dtype, device=device)
+        asked = torch.cat((q, q.new_full((tail, *q.shape[1:]), float("nan"))))
+        kernel(asked, (replace(group, reads=reads),), wide, out, Workspace(out=out), scale=0.125)
+        same = [torch.equal(out[: q.shape[0]], together), bool(out[q.shape[0] :].isnan().all())]
+        failed += not all(same)
+        print(f"{'ok' if all(same) else 'FAILED'} padded: {case}", same, flush=True)
+    return failed
+
+
 def few(device: str) -> int:
     """Rows of SwiGLU and of page writes have the same bits among few as among many.
 
@@ -325,7 +363,7 @@ if __name__ == "__main__":
         at = chosen.index("--device")
         where = chosen[at + 1]
         del chosen[at : at + 2]
-    bits = {check.__name__: check for check in (tiles, alone, runs, pairs, chunks, few)}
+    bits = {check.__name__: check for check in (tiles, alone, runs, pairs, chunks, padded, few)}
     named = [name for name in chosen if name in bits]
     operations = [name for name in chosen if name not in bits]
     wrong = main(operations, where) if operations or not named else 0

@@ -9,11 +9,11 @@ from omniserve.ops.dispatch import TABLE
 from tests.kernels.processes import python
 from tests.parity.cases import CASES
 
-LAWS = {"tiles": 3, "alone": 5, "runs": 3, "pairs": 3}
+LAWS = {"tiles": 3, "alone": 5, "runs": 3, "pairs": 3, "padded": 4}
 """Comparisons of a kernel with itself: how many there are."""
 PARTS = (
     ("attend", "select_pages", "keep_pages"),
-    ("rope_write", "tiles"),
+    ("rope_write", "tiles", "padded"),
     (
         "add_norm", "cut_rows", "draw_filtered", "draw_narrow", "draw_whole", "gemm_w16a16", "gemm_w4a8_blocks",
         "gemm_w8a8", "greedy", "likeliest", "produced", "quantize", "swiglu", "window_pages", "alone", "runs", "pairs",
