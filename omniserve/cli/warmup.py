@@ -47,7 +47,7 @@ def warmup(
     elif folder is None:
         result("nothing to compile: this engine runs on the CPU")
     else:
-        result(f"kernels compiled and decode steps captured in {seconds['prepare']:.1f} s; kept in {folder}")
+        result(f"kernels compiled and steps captured in {seconds['prepare']:.1f} s; kept in {folder}")
 
 
 def _kept(given: Path | None = None) -> str:

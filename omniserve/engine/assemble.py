@@ -9,7 +9,7 @@ from torch import Tensor
 from omniserve.base.config import TILE
 from omniserve.base.numbers import ceil_div
 from omniserve.base.types import PAGE, PageMoves, Step, Work
-from omniserve.ops.batch import Batch, Rows, Workspace
+from omniserve.ops.batch import Batch, Most, Rows, Workspace
 from omniserve.ops.lists import produced
 from omniserve.ops.pages import cut_rows
 from omniserve.ops.transfer import sent
@@ -44,6 +44,7 @@ class Assembler:
     def __init__(self, policy: Policy, *, slots: int, max_len: int, device: torch.device) -> None:
         pages = ceil_div(max_len, PAGE)
         self.idle = slots
+        self.tiles_from = policy.tiles_from
         shape = (slots + 1, pages)
         self.tables = tuple(torch.full(shape, -1, dtype=torch.int32, device=device) for _ in policy.heads)
         self.memo = policy.memo(slots=slots + 1, pages=pages, device=device)
@@ -83,6 +84,29 @@ class Assembler:
         )
         return self._batch(tokens, positions, places, slots, prompts, rows, work, keeps=keeps)
 
+    def mix(self, numbers: Sequence[Tensor], most: Most, work: Workspace) -> Batch:
+        """Return the batch of `Mixture.lists`, on the device. The host looks at nothing: the work can be captured."""
+        slots, positions, prompts, tokens, places, owners, cu_q, seq_len, chunk_slots, chunk_prompts = numbers
+        singles = slots.shape[0]
+        cu_q, seq_len = cu_q.int(), seq_len.int()
+        writes, cuts = self._places(owners, places), None
+        if singles:
+            last, lengths, pages, written = produced(self.last_token, positions, slots, self.tables)
+            cuts = cut_rows(pages)
+            tokens, places = torch.cat((last, tokens)), torch.cat((positions, places))
+            writes = tuple(torch.cat(both) for both in zip(written, writes, strict=True))
+            cu_q = torch.cat((self._counting(singles), cu_q + singles))
+            seq_len = torch.cat((lengths, seq_len))
+            chunk_slots, chunk_prompts = torch.cat((slots, chunk_slots)), torch.cat((prompts, chunk_prompts))
+        longest = self.tables[0].shape[1] * PAGE
+        rows = Rows(cu_q=cu_q, seq_len=seq_len, singles=singles, longest=longest, cuts=cuts, most=most)
+        return self._batch(tokens, places, writes, chunk_slots, chunk_prompts, rows, work, keeps=False)
+
+    def _places(self, owners: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """Return per kind where tokens of these slots are written; below 0 they are not: their slot has no page."""
+        page, offset = positions // PAGE, positions % PAGE
+        return tuple(table[owners, page].long() * PAGE + offset for table in self.tables)
+
     def _counting(self, count: int) -> Tensor:
         """Return 0, 1, 2, ... as int32 [count]."""
         if count > self._each.shape[0]:
@@ -97,7 +121,7 @@ class Assembler:
         become a row for each tile; these come last.
         """
         plan = _Plan()
-        border = self._policy.tiles_from
+        border = self.tiles_from
         for number, one in enumerate(step.works):
             plan.singles(number, one)
         singles = len(plan.slots)
@@ -123,9 +147,7 @@ class Assembler:
             cuts=cut_rows((seq_len[:singles] + PAGE - 1) // PAGE) if singles else None,
             chunks=plan.positions_of(range(singles, len(plan.slots))),
         )
-        page, offset = positions // PAGE, positions % PAGE
-        # A place below 0 is skipped: the slot has no page there.
-        places = tuple(table[owners, page].long() * PAGE + offset for table in self.tables)
+        places = self._places(owners, positions)
         keeps = self.keeps([length - 1 for length in plan.seq_len[:singles]], plan.prompts[:singles])
         batch = self._batch(tokens, positions, places, slots, prompts, rows, work, keeps=keeps)
         spans = [sorted(plan.spans[number], key=lambda run: run[0]) for number in range(len(step.works))]

@@ -10,6 +10,8 @@ from omniserve.base.config import PRECISIONS, DtypeName, HeadName, Options, Prec
 from omniserve.base.errors import CapacityError, ConfigError
 from omniserve.base.numbers import ceil_div, human_bytes
 from omniserve.base.spec import Device, ModelSpec
+from omniserve.base.types import PAGE
+from omniserve.engine.graphs import CHUNKS, PAGES, mixtures
 from omniserve.formats.blocks import SIDE
 from omniserve.models.families import expected, linears
 from omniserve.ops.dispatch import load_kernels
@@ -122,7 +124,9 @@ def working_bytes(spec: ModelSpec, dtype: DtypeName, longest: int) -> Callable[[
         # The product of gate and up, then its codes; the residual stream, its sum and their norm.
         token = 2 * ffn * element + ffn + heads * element + spec.hidden * (3 * element + 1)
         logits = 3 * seqs * spec.vocab * 4  # fp32, shared by all captured steps; draws work on two copies at most
-        return (tokens + seqs) * token + logits + 2 * longest * spec.kv_heads * spec.head_dim * element + BESIDE
+        rows = max(seqs, max(map(sum, mixtures(seqs, tokens)), default=0))
+        keys = longest + (PAGES + CHUNKS) * PAGE  # the latter of captured steps
+        return (tokens + rows) * token + logits + 2 * keys * spec.kv_heads * spec.head_dim * element + BESIDE
 
     return count
 

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from omniserve.base.config import TILE
 from omniserve.base.types import Admission, Fault, Step, StepResult, TokenLogprobs, Work
-from omniserve.engine.assemble import KEEPING, Assembled, Assembler
+from omniserve.engine.assemble import KEEPING, Assembler
 from omniserve.engine.grammar import Matchers, Taking
-from omniserve.engine.graphs import DecodeGraphs, Numbers
+from omniserve.engine.graphs import DecodeGraphs, MixedGraphs, Numbers
+from omniserve.engine.mixture import Mixture, decodes
 from omniserve.models.decoder import Decoder, LayerStores
-from omniserve.ops.batch import Workspace
+from omniserve.ops.batch import Most, Workspace
 from omniserve.ops.sample import CORRUPTED, EXHAUSTED, Logprobs, SampleState, logprobs, sample, warm
 from omniserve.ops.transfer import Arriving, sent
 from omniserve.sparsity.policy import Policy
@@ -100,11 +101,6 @@ class Drawn:
         )
 
 
-def _decodes(work: Work) -> bool:
-    """Whether a work is one produced position whose token lies on the device."""
-    return work.draws and not work.new_tokens and work.count == 1
-
-
 def _idle_work(slot: int, count: int, start: int = 0) -> Work:
     return Work(
         request="", slot=slot, start=start, count=count, prompt=start + count, new_tokens=(0,) * count, logits="none",
@@ -139,6 +135,8 @@ class Runner:
         self._max_len = max_len
         self._graphs: DecodeGraphs | None = None
         self._keeping: DecodeGraphs | None = None
+        self._mixed: MixedGraphs | None = None
+        self._by_position = policy.by_position
 
     @torch.inference_mode()
     def run(self, step: Step) -> Drawn:
@@ -148,15 +146,14 @@ class Runner:
             if work.admission is not None:
                 self._admit(work.slot, work.admission)
         self.assembler.move(step.moves)
-        if all(map(_decodes, step.works)):
+        if all(map(decodes, step.works)):
             return self._sample(step.works, *self._decode(step.works))
-        assembled = self.assembler.assemble(step, self._work)
-        hidden = self.model.hidden(assembled.batch, self.stores)
+        hidden, spans = self._mix(step)
         scored: list[Listed] = []
         for number, work in enumerate(step.works):
             if work.logits == "all":
-                scored += self._score(work, hidden, assembled.spans[number])
-        return self._draw(step.works, hidden, assembled, tuple(scored))
+                scored += self._score(work, hidden, spans[number])
+        return self._draw(step.works, hidden, [each[-1].stop - 1 for each in spans], tuple(scored))
 
     @torch.inference_mode()
     def prepare(self, *, graphs: bool, on_done: Callable[[str, int, int], None] | None = None) -> None:
@@ -178,12 +175,7 @@ class Runner:
         steps.sort(key=sum, reverse=True)
         batches += [[_idle_work(idle, count) for count in chunks] for chunks in steps]
         if graphs:  # first: a capture gives back all memory that torch keeps for later, and the plan would not count it
-            row, few = (idle, 0, 0), min(idle, KEEPING)
-            self._graphs = DecodeGraphs(
-                self._produce, row, most=idle, device=self._device, on_done=partial(on_done, "graphs")
-            )
-            if self.assembler.keeps([1], [0]):
-                self._keeping = DecodeGraphs(self._keep, row, most=few, device=self._device, beside=self._graphs)
+            self._capture(partial(on_done, "graphs"), partial(on_done, "mixed graphs"))
         for done, works in enumerate(batches, 1):
             assembled = self.assembler.assemble(Step(works=tuple(works)), self._work)
             hidden = model.hidden(assembled.batch, self.stores)
@@ -192,6 +184,31 @@ class Runner:
                 warm(model.logits(hidden[:idle]))
             del hidden
             on_done("kernels", done, len(batches))
+
+    def _mix(self, step: Step) -> tuple[Tensor, Sequence[Sequence[slice]]]:
+        """Return the residual stream [T, C] of any step, and per work where its tokens are, in position order."""
+        mixture = None if self._mixed is None else Mixture.of(step.works, self.assembler.tiles_from)
+        found = None if self._mixed is None or mixture is None else self._mixed.run(mixture)
+        if found is not None:
+            return found[0], [(span,) for span in found[1]]
+        assembled = self.assembler.assemble(step, self._work)
+        return self.model.hidden(assembled.batch, self.stores), assembled.spans
+
+    def _mixture(self, numbers: Sequence[Tensor], most: Most) -> Tensor:
+        """Return the residual stream of a padded mixture; nothing in it looks from the host."""
+        return self.model.hidden(self.assembler.mix(numbers, most, self._work), self.stores)
+
+    def _capture(self, decodes: Callable[[int, int], None], mixed: Callable[[int, int], None]) -> None:
+        """Capture all steps that are replayed; each kind tells its own progress."""
+        idle, device, pool = self.assembler.idle, self._device, torch.cuda.graph_pool_handle()
+        row, most = (idle, 0, 0), self._work.out.shape[0]
+        self._graphs = DecodeGraphs(self._produce, row, most=idle, device=device, pool=pool, on_done=decodes)
+        if self.assembler.keeps([1], [0]):
+            self._keeping = DecodeGraphs(self._keep, row, most=min(idle, KEEPING), device=device, pool=pool)
+        if not self._by_position:  # those of sparse policies have not been seen on a card yet
+            self._mixed = MixedGraphs(
+                self._mixture, idle, seqs=idle, tokens=most, device=device, pool=pool, on_done=mixed
+            )
 
     def _decode(self, works: Sequence[Work]) -> tuple[Tensor, Tensor]:
         """Return the logits [R, V] of works of one produced position each, and their slots on the device."""
@@ -248,13 +265,13 @@ class Runner:
         size = len(targets)
         return Listed.of((work.request,) * size, (count,) * size, tokens, logprobs(logits, tokens, count))
 
-    def _draw(self, works: Sequence[Work], hidden: Tensor, assembled: Assembled, scored: tuple[Listed, ...]) -> Drawn:
-        drawing = [(work, end) for work, end in zip(works, assembled.ends, strict=True) if work.draws]
+    def _draw(self, works: Sequence[Work], hidden: Tensor, ends: Sequence[int], scored: tuple[Listed, ...]) -> Drawn:
+        drawing = [(work, end) for work, end in zip(works, ends, strict=True) if work.draws]
         if not drawing:
             return Drawn(prompt_logprobs=scored)
         works = [work for work, _ in drawing]
-        ends, slots = sent([[end for _, end in drawing], [work.slot for work in works]], hidden.device)
-        return self._sample(works, self.model.logits(hidden[ends]), slots, scored)
+        last, slots = sent([[end for _, end in drawing], [work.slot for work in works]], hidden.device)
+        return self._sample(works, self.model.logits(hidden[last]), slots, scored)
 
     def _sample(self, works: Sequence[Work], logits: Tensor, where: Tensor, scored: tuple[Listed, ...] = ()) -> Drawn:
         """Draw a token for each work from its row of logits [S, V]; `where`: their slots on the device, int64 [S]."""

@@ -58,7 +58,7 @@ def test_too_little_memory_names_what_would_fit() -> None:
 def test_a_step_takes_more_with_more_tokens_and_sequences() -> None:
     take = working_bytes(LLAMA, "float16", 8192)
     assert take(8192, 256) < take(16384, 256) < take(16384, 1024) < 20 << 30
-    assert take(8192, 1024) - take(8192, 256) > 3 * 768 * LLAMA.vocab * 4
+    assert take(8192, 1024) - take(8192, 256) >= 3 * 768 * LLAMA.vocab * 4
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
