@@ -13,7 +13,7 @@ from omniserve.base.config import TILE
 from omniserve.base.types import Admission, Fault, Step, StepResult, TokenLogprobs, Work
 from omniserve.engine.assemble import KEEPING, Assembler
 from omniserve.engine.grammar import Matchers, Taking
-from omniserve.engine.graphs import DecodeGraphs, MixedGraphs, Numbers
+from omniserve.engine.graphs import PRODUCED, DecodeGraphs, MixedGraphs, Numbers
 from omniserve.engine.mixture import Mixture, decodes
 from omniserve.models.decoder import Decoder, LayerStores
 from omniserve.ops.batch import Most, Workspace
@@ -129,7 +129,10 @@ class Runner:
         self._sampling = SampleState(slots, spec.vocab, device)
         self._matchers = Matchers(spec.vocab, device)
         self._logprobs: dict[int, int] = {}  # by slot, how many are asked for
-        self._work = Workspace(out=torch.empty(max_step_tokens, spec.heads, spec.head_dim, dtype=dtype, device=device))
+        # A step that is full of prompts and produced tokens is padded beyond its budget, to be one of those captured.
+        room = max_step_tokens + min(slots, PRODUCED[-1])
+        self._work = Workspace(out=torch.empty(room, spec.heads, spec.head_dim, dtype=dtype, device=device))
+        self._most = max_step_tokens
         self._scored: dict[int, Admission] = {}
         self._device = device
         self._max_len = max_len
@@ -162,7 +165,7 @@ class Runner:
         on_done  called as on_done(phase, done, total): kernels by steps that have run, graphs by captures
         """
         on_done = on_done or (lambda phase, done, total: None)
-        model, idle, most = self.model, self.assembler.idle, self._work.out.shape[0]
+        model, idle, most = self.model, self.assembler.idle, self._most
         longest = self._max_len
         sizes = sorted({most} | {min(size + odd, most) for size in PROMPTS for odd in (0, 1)})
         steps = [[min(longest, tokens - first) for first in range(0, tokens, longest)] for tokens in sizes]

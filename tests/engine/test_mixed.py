@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from omniserve.base.config import Sparsity
-from omniserve.base.types import Work
+from omniserve.base.types import Step, Work
 from omniserve.engine.graphs import MixedGraphs, Replay, mixtures
 from omniserve.engine.mixture import Mixture
 from omniserve.engine.runner import Runner
@@ -52,6 +52,23 @@ def test_padded_steps_bring_the_same_tokens(word: str, name: str) -> None:
     assert serve(engine, ASKS) == serve(plain, ASKS)
     assert 68 in taken, taken
     assert len(taken) > 3, taken
+
+
+def test_steps_that_fill_their_budget_are_padded_beyond_it() -> None:
+    """Produced tokens and a chunk take all of 64 tokens: no size of 64 holds both, one of 4 + 64 does."""
+    model = load("w4a8kv4")
+    shape = Shape(step=64, seqs=4, pages=96)
+    plain, _ = model.engine(shape)
+    engine, runner = model.engine(shape)
+    room = runner._work.out.shape[0]
+    assert room == 68
+    taken = padded(runner, seqs=4, tokens=room)
+    left: list[Step] = []
+    assemble = runner.assembler.assemble
+    runner.assembler.assemble = lambda step, work: left.append(step) or assemble(step, work)  # type: ignore[method-assign,func-returns-value]
+    assert serve(engine, ASKS) == serve(plain, ASKS)
+    assert 68 in taken
+    assert left == []
 
 
 def test_scored_prompts_are_read_where_they_are_padded_to() -> None:
