@@ -24,7 +24,7 @@ _PAGE = tl.constexpr(PAGE)
 _UNIT = tl.constexpr(UNIT)
 
 
-@triton.jit(do_not_specialize=["budget"])
+@triton.jit(do_not_specialize=["budget", "rows"], do_not_specialize_on_alignment=["slots", "prompts", "seq_len"])
 def choose_kernel(
     table,
     slots,
@@ -42,13 +42,13 @@ def choose_kernel(
     memo_stride,
     interval,
     budget,
-    pages,
+    pages,  # places of a row in `scores`, a multiple of 128; units: the same of eight pages
     units,
     scale,
     G: tl.constexpr,  # query heads whose scores lie apart; 0: there is one score per page
     TURN: tl.constexpr,  # of them, how many are taken at once
     LP: tl.constexpr,
-    UNITS: tl.constexpr,  # `units`, rounded up to a power of two
+    UNITS: tl.constexpr,  # a power of two, at least the units of any row
     SOME: tl.constexpr,  # units that may hold the best pages, likewise
     PDL: tl.constexpr,
 ):

@@ -31,6 +31,9 @@ memory, few enough to end early at low cost. Measured on an H200, like the warps
 
 SCORE_WARPS, SCORE_STAGES = 2, 2
 
+STRIDE = 128
+"""Scores of a row take a multiple of so many places: what compiled kernels know of strides is always the same."""
+
 LARGEST = 16384
 """Pages of one sequence, at most: the choice holds them all in registers."""
 
@@ -59,7 +62,7 @@ def _begin(slots, prompts, seq_len, table, memo, ids, index, count, kv_heads, ta
     return slot, existing, spot, (since == 0) & (existing > budget)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots", "prompts", "seq_len"])
 def score_kernel(
     q,  # [R, G H, D], rows `q_stride` apart
     statistics,  # fp16 [pages, H, 4, 2, D]
@@ -129,7 +132,7 @@ def score_kernel(
         tl.store(beside + spot * units + unit, tl.max(tl.where(open_, best, float("-inf")), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots", "prompts", "seq_len"])
 def key_score_kernel(
     q,  # [R, G H, D], rows `q_stride` apart
     codes,  # [pages, H, ...] as codes (uint8) or plain numbers
@@ -250,12 +253,14 @@ def select_pages_triton(
     ids = torch.empty(rows, kv_heads, budget + 1, dtype=torch.int32, device=q.device)
     index, count = torch.empty_like(ids), torch.empty(rows, dtype=torch.int32, device=q.device)
     apart = heads // kv_heads if by == "keys" else 0
-    scores = torch.empty(rows, kv_heads, max(apart, 1), pages, dtype=torch.float32, device=q.device)
-    units = ceil_div(pages, UNIT)
-    beside = torch.empty(rows, kv_heads, pages if apart else units, dtype=torch.float32, device=q.device)
+    # Compiled for the engine's longest sequence, whatever the step: nothing is compiled within a request.
+    units = ceil_div(pages, STRIDE) * STRIDE // UNIT
+    stride = units * UNIT
+    scores = torch.empty(rows, kv_heads, max(apart, 1), stride, dtype=torch.float32, device=q.device)
+    beside = torch.empty(rows, kv_heads, stride if apart else units, dtype=torch.float32, device=q.device)
     slots, prompts, seq_len = slots.contiguous(), prompts.contiguous(), seq_len.contiguous()
     lists = (table, slots, prompts, seq_len, memo, scores, beside, ids, index, count)
-    numbers = (kv_heads, q.stride(0), table.stride(0), memo.stride(0), interval, budget, pages, units)
+    numbers = (kv_heads, q.stride(0), table.stride(0), memo.stride(0), interval, budget, stride, units)
     bits = store.format.bits if by == "keys" else 0
     crowd = ceil_div(CROWD[bits] * processors(), rows * kv_heads)
     if by == "keys":
@@ -272,9 +277,9 @@ def select_pages_triton(
             q, store.statistics, *lists, *numbers, **score_constants(heads // kv_heads, head_dim, budget),
             num_warps=SCORE_WARPS, launch_pdl=pdl(),
         )  # fmt: skip
-    narrow = choose_constants(pages, budget, apart)
+    narrow = choose_constants(max(pages, table.shape[1]), budget, apart)
     choose_kernel[(kv_heads, rows)](
-        *lists, rows, kv_heads, table.stride(0), memo.stride(0), interval, budget, pages, units, scale, **narrow,
+        *lists, rows, kv_heads, table.stride(0), memo.stride(0), interval, budget, stride, units, scale, **narrow,
         num_warps=choose_warps(narrow), launch_pdl=pdl(),
     )  # fmt: skip
     return ids, index, count
