@@ -92,7 +92,7 @@ def compile_spec(spec: Spec) -> Report:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _run("cuobjdump", "-res-usage", file.name)
-        loops = _loops(_run("nvdisasm", "-c", file.name))
+        sass = _run("nvdisasm", "-c", file.name)
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     report = Report(
         registers=used["REG"],
@@ -100,9 +100,11 @@ def compile_spec(spec: Spec) -> Report:
         local_bytes=used["LOCAL"],
         shared_bytes=compiled.metadata.shared,
         matrix=_matrix(compiled.asm["ptx"]),
-        loops=loops,
+        loops=_loops(sass),
     )
     report.problems.extend(_problems(spec, report))
+    if guarded := re.findall(r"@!?P\d+ +REDUX\S*", sass):
+        report.problems.append(f"sums up a warp under a condition, which ptxas 12.8 gets wrong: {guarded[0]}")
     return report
 
 

@@ -118,6 +118,7 @@ def choose_kernel(
     physical = tl.load(table + page, mask=there, other=0)
     key = _ordered(tl.load(scores + page, mask=there, other=float("-inf")), there)
     if filled <= wanted:
+        tl.debug_barrier()  # else ptxas 12.8 makes a predicate of this `if` for a single warp, perhaps a wrong one
         border = tl.min(tl.where(there, key, 0x7FFFFFFF), 0)
     border, room = _border(key, wanted, border, most)
     taken, place = _first(key, border, room, there)

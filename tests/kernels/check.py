@@ -242,6 +242,46 @@ def pairs(device: str) -> int:
     return failed
 
 
+def widths(device: str) -> int:
+    """A row's list of pages depends neither on how many programs score them, nor on its mates, nor on what may come."""
+    from omniserve.kernels import select
+
+    failed = 0
+    kernel = next(one for one in TABLE["select_pages"].implementations if one.device == "cuda").function
+    draw = torch.Generator().manual_seed(7)
+    for by, name in (("bounds", "kv4"), ("keys", "kv4"), ("keys", "kv16")):
+        store = rebuilt(filled(name, 1, 64, 40, torch.float16), lambda t: t.to(device), lambda d: d)
+        if by == "bounds":
+            bounds = torch.randn(40, 1, 4, 2, 64, generator=draw).sort(3).values.half()
+            store = replace(store, statistics=bounds.to(device))
+        q = torch.randn(2, 3, 64, generator=draw).half().to(device)
+        table = torch.randperm(40, generator=draw).to(torch.int32).view(2, 20).to(device)
+        slots, lengths = torch.tensor((0, 1), device=device), torch.tensor((1200, 900), device=device)
+
+        def lists(rows: slice, longest: int, crowd: int) -> list[Tensor]:
+            """Return the lists of some rows, and what is remembered of them."""
+            memo = torch.zeros(2, 1, 5, dtype=torch.int32, device=device)
+            bits = store.format.bits if by == "keys" else 0  # noqa: B023
+            select.CROWD[bits], before = crowd, select.CROWD[bits]
+            try:
+                ids, index, _ = kernel(
+                    q[rows], store, table, slots[rows], lengths[rows] - 1, lengths[rows].int(), memo, 4, longest, by,  # noqa: B023
+                    0.125,
+                )  # fmt: skip
+            finally:
+                select.CROWD[bits] = before
+            return [*ids, *index, *memo[slots[rows]]]  # noqa: B023
+
+        whole, same = lists(slice(None), 1280, 4), []
+        for crowd, longest in ((1, 1280), (3, 20 * 64 + 1), (40, 1 << 14)):
+            same.append(all(map(torch.equal, lists(slice(None), longest, crowd), whole)))
+        for row in (0, 1):
+            same.append(all(map(torch.equal, lists(slice(row, row + 1), 1280, 4), whole[row::2])))
+        failed += not all(same)
+        print(f"{'ok' if all(same) else 'FAILED'} widths: {by} {name}", same, flush=True)
+    return failed
+
+
 def chunks(device: str) -> int:
     """A prompt attends to the same bits in one chunk as in several, and among other rows.
 
@@ -363,7 +403,7 @@ if __name__ == "__main__":
         at = chosen.index("--device")
         where = chosen[at + 1]
         del chosen[at : at + 2]
-    bits = {check.__name__: check for check in (tiles, alone, runs, pairs, chunks, padded, few)}
+    bits = {check.__name__: check for check in (tiles, alone, runs, pairs, widths, chunks, padded, few)}
     named = [name for name in chosen if name in bits]
     operations = [name for name in chosen if name not in bits]
     wrong = main(operations, where) if operations or not named else 0

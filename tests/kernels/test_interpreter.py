@@ -9,10 +9,10 @@ from omniserve.ops.dispatch import TABLE
 from tests.kernels.processes import python
 from tests.parity.cases import CASES
 
-LAWS = {"tiles": 3, "alone": 5, "runs": 3, "pairs": 3, "padded": 4}
+LAWS = {"tiles": 3, "alone": 5, "runs": 3, "pairs": 3, "widths": 3, "padded": 4}
 """Comparisons of a kernel with itself: how many there are."""
 PARTS = (
-    ("attend", "select_pages", "keep_pages"),
+    ("attend", "select_pages", "keep_pages", "widths"),
     ("rope_write", "tiles", "padded"),
     (
         "add_norm", "cut_rows", "draw_filtered", "draw_narrow", "draw_whole", "gemm_w16a16", "gemm_w4a8_blocks",
