@@ -20,7 +20,7 @@ from torch import Tensor
 from omniserve.base.errors import OmniserveError, RequestError
 from omniserve.base.structured import Grammar, Matcher, StructuredOutputs
 from omniserve.base.types import Admission, Fault
-from omniserve.ops.sample import Masked
+from omniserve.ops.changes import Masked
 from omniserve.ops.transfer import Arriving
 
 if TYPE_CHECKING:

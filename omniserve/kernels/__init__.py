@@ -16,7 +16,20 @@ except ImportError as error:
         "install a CUDA build of torch, or use --device cpu"
     ) from error
 
-MODULES = ("attention", "dense", "draw", "keep", "linear", "lists", "nucleus", "pick", "rows", "select", "write")
+MODULES = (
+    "attention",
+    "changes",
+    "dense",
+    "draw",
+    "keep",
+    "linear",
+    "lists",
+    "nucleus",
+    "pick",
+    "rows",
+    "select",
+    "write",
+)
 """One file per family of operations."""
 
 for _name in MODULES:

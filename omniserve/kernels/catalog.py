@@ -11,6 +11,7 @@ import triton
 
 from omniserve.base.numbers import ceil_div
 from omniserve.kernels import (
+    changes,
     choice,
     combine,
     cuts,
@@ -97,6 +98,7 @@ def specs(arch: int) -> Iterator[Spec]:
     yield from _linear(arch)
     yield from _dense(arch)
     yield from _pick(arch)
+    yield from _changes(arch)
     yield from _rows(arch)
     yield from _write(arch)
     yield from _lists(arch)
@@ -307,6 +309,22 @@ def _nucleus(logits: dict[str, str], anywhere: tuple[str, ...], common: dict[str
         types=shared | listing | {"out": "*i64", "seed": "*i64", "position": "*i64"},
         constants={"LEVEL": nucleus.LEVELS, **size},
         **alike,
+    )
+
+
+def _changes(arch: int) -> Iterator[Spec]:
+    pointers = {"of": "*i64", "table": "*fp32", "bits": "*i32", "counts": "*i32"}
+    numbers = {"repetition": "*fp64", "presence": "*fp64", "frequency": "*fp64"}
+    yield Spec(
+        name="changes of logits",
+        kernel=changes.change_kernel,
+        types={"logits": "*fp32", "out": "*fp32"} | pointers | numbers | {"V": "i32", "stride": "i32", "words": "i32"},
+        constants={"BLOCK": changes.BLOCK},
+        warps=changes.WARPS,
+        loose=("of", "repetition", "presence", "frequency", "words"),
+        fusion=False,
+        arch=arch,
+        first=arch == 90,
     )
 
 

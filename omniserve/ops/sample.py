@@ -14,73 +14,25 @@ from torch import Tensor
 
 from omniserve.base.types import Admission
 from omniserve.ops import nucleus
+from omniserve.ops.changes import (
+    NONE,
+    PROMPT,
+    BadWords,
+    Bias,
+    Masked,
+    Muted,
+    Penalties,
+    changed,
+    exact,
+    without,
+)
 from omniserve.ops.dispatch import operation
 from omniserve.ops.transfer import placed, sent
 
-PROMPT = 1 << 30
-"""Bit of a token's count that says: it occurs in the prompt. The bits below count how often it was produced."""
 NARROW = 64
 """Rows with a top_k of at most this look at so many of their likeliest tokens only."""
-_LEAST_PENALTY = 1e-30
-"""A logit divided by a smaller number could be infinite in 32 bits."""
 CORRUPTED, EXHAUSTED = -1, -2
 """What stands in place of a token where logits are not finite numbers, and where none may be drawn."""
-_NONE = -1
-"""Fills tables beyond a row's own entries; no token has this id."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bias:
-    """Rows whose logits are shifted. rows, slots int64 [s]; table fp32 [slots, V], added; -inf forbids."""
-
-    rows: Tensor
-    slots: Tensor
-    table: Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Muted:
-    """Rows that must not end yet. rows int64 [s]; ids int64 [s, E]: forbidden; an id may come twice."""
-
-    rows: Tensor
-    ids: Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BadWords:
-    """Rows with sequences that are not produced, each `beginning, last token`, flush right.
-
-    rows, slots int64 [s]; words int64 [s, B, W + 1], -1 before a sequence; recent int64 [s, W]: produced last, -1
-    before the first
-    """
-
-    rows: Tensor
-    slots: Tensor
-    words: Tensor
-    recent: Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Masked:
-    """Rows with a grammar. rows int64 [s]; bits int32 [s, ceil(V / 32)]: tokens that may be drawn, lowest bit first."""
-
-    rows: Tensor
-    bits: Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Penalties:
-    """Rows whose tokens are counted. rows, slots int64 [s]; counts int32 [slots, V]; the penalties fp64 [s].
-
-    counts  how often a token was produced, plus `PROMPT` if it occurs in the prompt
-    """
-
-    rows: Tensor
-    slots: Tensor
-    counts: Tensor
-    repetition: Tensor
-    presence: Tensor
-    frequency: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,7 +192,7 @@ class SampleState:
         if len(ids) > self._stops.shape[1]:
             before, self._stops = self._stops, self._table(len(ids))
             self._stops[:, : before.shape[1]] = before
-        self._stops[slot] = self._ids([*ids, *[_NONE] * (self._stops.shape[1] - len(ids))])
+        self._stops[slot] = self._ids([*ids, *[NONE] * (self._stops.shape[1] - len(ids))])
 
     def _forbid(self, slot: int, admission: Admission) -> None:
         words = admission.bad_words
@@ -252,9 +204,9 @@ class SampleState:
             _, most, width = self._words.shape
             self._recent = self._table(width - 1)
             self._recent[:, width - 1 - recent.shape[1] :] = recent
-        padded = [[_NONE] * (width - len(word)) + list(word) for word in words]
-        self._words[slot] = self._ids(padded + [[_NONE] * width] * (most - len(words)))
-        produced = [_NONE] * (width - 1) + list(admission.history[admission.prompt :])
+        padded = [[NONE] * (width - len(word)) + list(word) for word in words]
+        self._words[slot] = self._ids(padded + [[NONE] * width] * (most - len(words)))
+        produced = [NONE] * (width - 1) + list(admission.history[admission.prompt :])
         self._recent[slot] = self._ids(produced[len(produced) - (width - 1) :])
 
     # The parts of a step's rows
@@ -272,7 +224,7 @@ class SampleState:
             return None
         at, where = self._rows_and_slots(rows, slots)
         ids = self._stops[where]
-        return Muted(rows=at, ids=torch.where(ids == _NONE, ids[:, :1], ids))
+        return Muted(rows=at, ids=torch.where(ids == NONE, ids[:, :1], ids))
 
     def _word_rows(self, slots: Sequence[int]) -> BadWords | None:
         rows = _among(slots, self._worded)
@@ -286,7 +238,7 @@ class SampleState:
         if not rows or self._counts is None:
             return None
         at, where = self._rows_and_slots(rows, slots)
-        _, _, _, repetition, presence, frequency = self._floats[where].unbind(1)
+        _, _, _, repetition, presence, frequency = _columns(self._floats, where)
         return Penalties(
             rows=at,
             slots=where,
@@ -302,8 +254,8 @@ class SampleState:
             return None
         lists = rows, [slots[row] for row in rows], [positions[row] for row in rows]
         at, where, position = sent(lists, self._device)
-        temperature, top_p, min_p, *_ = self._floats[where].unbind(1)
-        top_k, seed = self._wholes[where].unbind(1)
+        temperature, top_p, min_p, *_ = _columns(self._floats, where)
+        top_k, seed = _columns(self._wholes, where)
         return Chance(
             rows=at,
             seed=seed,
@@ -326,7 +278,12 @@ class SampleState:
         return first, second
 
     def _table(self, *shape: int) -> Tensor:
-        return torch.full((self._slots, *shape), _NONE, dtype=torch.int64, device=self._device)
+        return torch.full((self._slots, *shape), NONE, dtype=torch.int64, device=self._device)
+
+
+def _columns(table: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+    """Return the columns of a table [N, C] at rows int64 [s], each with its numbers side by side."""
+    return table.T.index_select(1, rows).unbind(0)
 
 
 def _among(slots: Sequence[int], those: Set[int]) -> list[int]:
@@ -380,55 +337,17 @@ def sample(logits: Tensor, rows: SampleRows) -> Tensor:
 def adjust(logits: Tensor, rows: SampleRows) -> Tensor:
     """Return the logits after biases, bans and penalties, -inf for what is forbidden; `logits` if no row asks for any.
 
-    Source of the penalties: CTRL (arXiv 1909.05858) section 4.1 with the sign of transformers' and vLLM's
-    implementations for repetition; the API reference of OpenAI for presence and frequency.
+    Penalties leave -inf what it is: the order matters only to what is not forbidden.
     """
-    asked = (rows.bias, rows.masked, rows.muted, rows.bad_words, rows.penalties)
-    if all(one is None for one in asked):
+    if all(one is None for one in (rows.bias, rows.masked, rows.muted, rows.bad_words, rows.penalties)):
         return logits
-    x = logits.to(_exact(logits), copy=True)
-    if rows.bias is not None:
-        x[rows.bias.rows] += rows.bias.table[rows.bias.slots].to(x.dtype)
-    if rows.masked is not None:
-        x[rows.masked.rows] = x[rows.masked.rows].where(_allowed(rows.masked.bits, x.shape[1]), -torch.inf)
+    x = changed(logits, rows.bias, rows.masked, rows.penalties)
     if rows.muted is not None:
-        x[rows.muted.rows] = x[rows.muted.rows].scatter(1, rows.muted.ids, -torch.inf)
+        nothing = x.new_full((), -torch.inf)  # to assign a number, torch would wait for the device
+        x.index_put_((rows.muted.rows[:, None], rows.muted.ids), nothing)
     if rows.bad_words is not None:
-        x[rows.bad_words.rows] = _without(x[rows.bad_words.rows], rows.bad_words)
-    if rows.penalties is not None:
-        x[rows.penalties.rows] = _penalized(x[rows.penalties.rows], rows.penalties)
+        x[rows.bad_words.rows] = without(x[rows.bad_words.rows], rows.bad_words)
     return x
-
-
-def _allowed(bits: Tensor, vocab: int) -> Tensor:
-    """Unpack bits int32 [s, W] to bool [s, vocab]."""
-    places = torch.arange(32, dtype=torch.int32, device=bits.device)
-    return (bits[:, :, None] >> places & 1).bool().flatten(1)[:, :vocab]
-
-
-def _without(x: Tensor, bad: BadWords) -> Tensor:
-    begin, last = bad.words[:, :, :-1], bad.words[:, :, -1]
-    met = ((begin == bad.recent[:, None]) | (begin == _NONE)).all(-1) & (last != _NONE)
-    forbidden = torch.where(met, -torch.inf, 0.0).to(x.dtype)
-    without = x.scatter_add(1, last.clamp(min=0), forbidden)  # a scatter of sums: words may share their last token
-    return torch.where((without == -torch.inf).all(1, keepdim=True), x, without)
-
-
-def _penalized(x: Tensor, penalties: Penalties) -> Tensor:
-    counts = penalties.counts[penalties.slots]
-    seen = (counts > 0).to(x.dtype)
-    penalty = penalties.repetition[:, None].to(x.dtype).clamp(min=_LEAST_PENALTY)
-    repetition = seen * penalty + (1 - seen)
-    # Of the two summands one is 0; torch.where is slower on a CPU.
-    x = x.clamp(min=0) / repetition + x.clamp(max=0) * repetition
-    times = counts & (PROMPT - 1)
-    x -= penalties.frequency[:, None].to(x.dtype) * times
-    x -= penalties.presence[:, None].to(x.dtype) * (times > 0)
-    return x
-
-
-def _exact(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _heat(x: Tensor, largest: Tensor, chance: Chance) -> Tensor:
@@ -439,14 +358,14 @@ def _heat(x: Tensor, largest: Tensor, chance: Chance) -> Tensor:
 @operation
 def draw_whole(logits: Tensor, chance: Chance) -> Tensor:
     """Return a token for each of the chance's rows of logits [S, V], from the softmax at its temperature; int64 [s]."""
-    x = logits[chance.rows].to(_exact(logits))
+    x = logits[chance.rows].to(exact(logits))
     return _choose(torch.softmax(_heat(x, x.amax(-1, keepdim=True), chance), -1), chance)
 
 
 @operation
 def draw_narrow(logits: Tensor, chance: Chance) -> Tensor:
     """Return a token for each of the chance's rows of logits [S, V], of the `NARROW` likeliest, filtered; int64 [s]."""
-    x = logits[chance.rows].to(_exact(logits))
+    x = logits[chance.rows].to(exact(logits))
     tokens = likeliest(x, min(NARROW, x.shape[1]))
     ordered = x.gather(1, tokens)
     # In fp64: a GPU adds up few rows in another order than many, and no row's draw may depend on its batch.
@@ -468,7 +387,7 @@ def draw_filtered(logits: Tensor, chance: Chance) -> Tensor:
 
     In whole numbers, as `nucleus` says, and along the ids: the order of the likeliest decides which tokens stay alone.
     """
-    x = logits[chance.rows].to(_exact(logits))
+    x = logits[chance.rows].to(exact(logits))
     weight = nucleus.weights(x, chance.temperature)
     left = nucleus.kept(weight, _ranked(x, x.shape[1]), chance.top_k, chance.top_p, chance.min_p)
     return nucleus.chosen(left, uniform(chance.seed, chance.position))
@@ -491,7 +410,7 @@ def logprobs(logits: Tensor, tokens: Tensor, count: int) -> Logprobs:
 
     Rank 1 is the likeliest; among equals the smaller id comes first, so that a list does not depend on its length.
     """
-    x = logits.to(_exact(logits))
+    x = logits.to(exact(logits))
     norm = torch.logsumexp(x, -1, keepdim=True)
     chosen = x.gather(1, tokens[:, None])
     ids = torch.arange(x.shape[1], device=x.device)
@@ -515,6 +434,7 @@ def warm(logits: Tensor) -> None:
     sample(logits, SampleRows(whole=chance))
     sample(logits, SampleRows(narrow=chance))
     sample(logits, SampleRows(filtered=chance))
+    changed(logits, None, None, None)
     logprobs(logits, one.expand(logits.shape[0]), 1)
 
 

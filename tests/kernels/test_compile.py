@@ -11,6 +11,7 @@ from tests.kernels.processes import python
 KERNELS = {
     "add_norm_kernel",
     "attend_kernel",
+    "change_kernel",
     "choose_kernel",
     "combine_kernel",
     "dense_kernel",

@@ -15,8 +15,9 @@ PARTS = (
     ("attend", "select_pages", "keep_pages", "widths"),
     ("rope_write", "tiles", "padded"),
     (
-        "add_norm", "cut_rows", "draw_filtered", "draw_narrow", "draw_whole", "gemm_w16a16", "gemm_w4a8_blocks",
-        "gemm_w8a8", "greedy", "likeliest", "produced", "quantize", "swiglu", "window_pages", "alone", "runs", "pairs",
+        "add_norm", "changed", "cut_rows", "draw_filtered", "draw_narrow", "draw_whole", "gemm_w16a16",
+        "gemm_w4a8_blocks", "gemm_w8a8", "greedy", "likeliest", "produced", "quantize", "swiglu", "window_pages",
+        "alone", "runs", "pairs",
     ),
 )  # fmt: skip
 """Operations that have a kernel, and laws, in parts of about the same time."""

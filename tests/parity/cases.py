@@ -16,6 +16,7 @@ from omniserve.formats.w4a8 import W4A8
 from omniserve.formats.w16a16 import pack
 from omniserve.ops.act import ActFormat
 from omniserve.ops.batch import PageList, Reading, Rows, Visible, Workspace
+from omniserve.ops.changes import PROMPT, Bias, Masked, Penalties
 from omniserve.ops.pages import HeadGroup
 from omniserve.ops.rope import Rope, make_rope
 from omniserve.ops.sample import CORRUPTED, EXHAUSTED, Chance
@@ -565,8 +566,35 @@ def draw_filtered() -> Iterator[tuple[str, Args]]:
     yield "no row", (x, _chance([], top_k=0, top_p=0.5))
 
 
+def changed() -> Iterator[tuple[str, Args]]:
+    """Each change alone, all of them on rows that share some, rows far apart, nothing, no row."""
+    for vocab in (5, 2500):
+        x = torch.randn(6, vocab + 3, generator=_generator(vocab))[:, 2 : 2 + vocab] * 5
+        x[4, ::2] = -torch.inf
+        table = torch.randn(4, vocab, generator=_generator(1))
+        table[1, 1:] = -torch.inf
+        bias = Bias(rows=torch.tensor([5, 0, 2]), slots=torch.tensor([1, 3, 0]), table=table)
+        bits = torch.randint(-(2**31), 2**31, (2, -(-vocab // 32)), generator=_generator(2)).to(torch.int32)
+        masked = Masked(rows=torch.tensor([2, 1]), bits=bits)
+        counts = torch.randint(-3, 4, (4, vocab), generator=_generator(3)).clamp(min=0).to(torch.int32)
+        counts[:, ::3] += PROMPT
+        rows = torch.tensor([4, 5, 2])
+        numbers = (torch.tensor(some, dtype=torch.float64) for some in ((1.3, 0.7, 0), (0.4, -0.3, 1), (0.1, 2, -0.6)))
+        penalties = Penalties(
+            rows=rows, slots=torch.tensor([2, 0, 1]), counts=counts,
+            **dict(zip(("repetition", "presence", "frequency"), numbers, strict=True)),
+        )  # fmt: skip
+        yield f"{vocab} bias", (x, bias, None, None)
+        yield f"{vocab} mask fp16", (x.half(), None, masked, None)
+        yield f"{vocab} penalties", (x, None, None, penalties)
+        yield f"{vocab} all", (x, bias, masked, penalties)
+    yield "nothing", (x, None, None, None)
+    yield "no row", (x[:0], None, None, None)
+
+
 CASES: dict[str, Callable[[], Iterator[tuple[str, Args]]]] = {
     "int_matmul": int_matmul,
+    "changed": changed,
     "draw_filtered": draw_filtered,
     "draw_narrow": draw_narrow,
     "draw_whole": draw_whole,

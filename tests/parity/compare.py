@@ -34,6 +34,8 @@ def cut_off(operation: Operation[..., Any], args: Args) -> float:
     return -(-args[0].shape[1] // 16) * torch.finfo(torch.float32).eps
 
 
+EXACT = {"changed"}
+"""Operations whose numbers are compared bit by bit."""
 ROUNDED = {"add_norm", "swiglu"}
 """Operations whose codes come from values that another order of sums moves, across a tie if one is near."""
 
@@ -95,6 +97,8 @@ def run(function: Callable[..., Any], operation: Operation[..., Any], args: Args
     with force_reference() if function is operation.reference else nullcontext():
         result = function(*args[:-1], scale=args[-1]) if operation.name == "attend" else function(*args)
     seen = tensors(result)
+    if operation.name in EXACT:
+        seen = {name: t.view(torch.int32 if t.dtype == torch.float32 else torch.int64) for name, t in seen.items()}
     if operation.name == "attend":
         seen["out"] = args[3]
     if operation.name == "rope_write":
