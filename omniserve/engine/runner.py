@@ -26,6 +26,7 @@ PROMPTS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Tokens of the prompts that a GPU's kernels are compiled with before the first request."""
 ROWS = (2, 3, 4, 8, 9, 16, 17, 32)
 LENGTHS = (40, 1000, 1024)
+REPLAYED = 41
 """Prompts of a step, and their tokens, likewise: launches differ by what divides these numbers."""
 SCORE_TILE = 128
 """Positions whose logits a reducer gets at once; bounds the memory of large vocabularies."""
@@ -101,10 +102,10 @@ class Drawn:
         )
 
 
-def _idle_work(slot: int, count: int, start: int = 0) -> Work:
+def _idle_work(slot: int, count: int, start: int = 0, prompt: int | None = None) -> Work:
     return Work(
-        request="", slot=slot, start=start, count=count, prompt=start + count, new_tokens=(0,) * count, logits="none",
-        draws=False,
+        request="", slot=slot, start=start, count=count, prompt=start + count if prompt is None else prompt,
+        new_tokens=(0,) * count, logits="none", draws=False,
     )  # fmt: skip
 
 
@@ -177,6 +178,8 @@ class Runner:
         batches = [[far] * min(rows, most // end) for rows in (min(idle, ROWS[-1]), 1)]
         steps.sort(key=sum, reverse=True)
         batches += [[_idle_work(idle, count) for count in chunks] for chunks in steps]
+        # Produced tokens computed again after a preemption: more rows of one token than `max_num_seqs` may be.
+        batches.append([_idle_work(idle, min(REPLAYED, longest, most), prompt=1)])
         if graphs:  # first: a capture gives back all memory that torch keeps for later, and the plan would not count it
             self._capture(partial(on_done, "graphs"), partial(on_done, "mixed graphs"))
         for done, works in enumerate(batches, 1):

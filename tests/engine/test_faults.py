@@ -153,7 +153,7 @@ def test_preparing_runs_all_kinds_of_prompts_and_leaves_no_trace(model: Loaded) 
     runner.prepare(graphs=False, on_done=lambda *progress: heard.append(progress))
     runner.model = real
     assert heard == [("kernels", done, len(shapes)) for done in range(1, len(shapes) + 1)]
-    assert {(1, 1), (2, 1), (17, 1), (256, 1), (80, 2), (120, 3), (160, 4)} <= set(shapes)
+    assert {(1, 1), (2, 1), (17, 1), (256, 1), (80, 2), (120, 3), (160, 4), (41, 41)} <= set(shapes)
     assert max(tokens for tokens, _ in shapes) == 256
     assert all(torch.equal(table, before[kind]) for kind, table in enumerate(runner.assembler.tables))
     assert serve(engine, SOUND) == alone(model, SOUND)
