@@ -28,6 +28,7 @@ MODULES = (
     "pick",
     "rows",
     "select",
+    "shares",
     "write",
 )
 """One file per family of operations."""

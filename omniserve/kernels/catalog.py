@@ -9,8 +9,10 @@ from typing import Any
 
 import triton
 
+from omniserve.base.config import TILE
 from omniserve.base.numbers import ceil_div
 from omniserve.kernels import (
+    bounds,
     changes,
     choice,
     combine,
@@ -30,6 +32,7 @@ from omniserve.kernels import (
     rows,
     runs,
     select,
+    shares,
     statistics,
     write,
 )
@@ -74,6 +77,9 @@ PROMPT_LOOP = 1000
 FLASH_LOOP = 1400
 """The same of the kernel for compute capability 9.0, with the loop over its tiles."""
 
+BOUND_LOOP, SHARE_LOOP = 750, 1100
+"""The same of bounds of pages for tiles of prompts: on compute capability 9.0, and on the others."""
+
 FLOATS = r"mma\S*\.f32\.(f16|bf16)"
 """16-bit products; those of produced positions have 16 rows, too few for Hopper's own."""
 
@@ -104,6 +110,7 @@ def specs(arch: int) -> Iterator[Spec]:
     yield from _lists(arch)
     yield from _attention(arch)
     yield from _selection(arch)
+    yield from _tiles(arch)
     yield from _prefill(arch)
 
 
@@ -569,6 +576,55 @@ def _selection(arch: int) -> Iterator[Spec]:
                 fusion=False,
                 first=first and bits == 4,
             )  # fmt: skip
+
+
+def _tiles(arch: int) -> Iterator[Spec]:
+    lists = {
+        "table": "*i32", "slots": "*i64", "cu_q": "*i32", "seq_len": "*i32", "shares": "*fp32", "kv_heads": "i32",
+        "table_stride": "i32", "pages": "i32",
+    }  # fmt: skip
+    more = {"q": "*bf16", "statistics": "*fp16", "sums": "*fp32", "q_stride": "i32", "segments": "i32", "scale": "fp32"}
+    loose = ("slots", "cu_q", "seq_len", "kv_heads", "table_stride", "pages")
+    for group, head_dim, pages in ((4, 128, 4096), (3, 64, 128), (8, 256, 16384)):
+        flags = shares.share_constants(group, head_dim, arch)
+        for last in (False, True):
+            name = f"{'shares' if last else 'sums'} of pages, {group} heads of {head_dim}, prompts"
+            if arch == 90 and bounds.serves(group, head_dim):
+                yield Spec(
+                    name=f"gluon {name}",
+                    arch=arch,
+                    kernel=bounds.bound_kernel,
+                    types=lists | more,
+                    constants={"SHARES": last, "G": group, "D": head_dim},
+                    warps=4,
+                    loose=(*loose, "segments"),
+                    matrix="wgmma",
+                    longest=BOUND_LOOP,
+                    first=True,
+                )
+            yield Spec(
+                name=name,
+                arch=arch,
+                kernel=shares.share_kernel,
+                types=lists | more,
+                constants={"SHARES": last, **flags},
+                warps=shares.share_warps(flags),
+                loose=(*loose, "segments"),
+                matrix="wgmma" if arch == 90 else FLOATS,
+                longest=SHARE_LOOP,
+                first=arch == 90 and group == 4,
+            )
+        narrow = shares.take_constants(pages, 128, group * TILE // flags["QUERIES"])
+        yield Spec(
+            name=f"choice of {pages} pages for prompts",
+            arch=arch,
+            kernel=shares.take_kernel,
+            types=lists | {"ids": "*i32", "index": "*i32", "count": "*i32", "budget": "i32", "places": "i32"},
+            constants=narrow,
+            warps=shares.take_warps(narrow),
+            loose=(*loose, "budget", "places"),
+            first=arch == 90 and group == 4,
+        )
 
 
 def _prefill(arch: int) -> Iterator[Spec]:

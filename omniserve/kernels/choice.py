@@ -102,13 +102,13 @@ def choose_kernel(
         tl.store(scores + page, score, mask=page < existing)
         score = tl.where((page > 0) & (page < existing - 1), score, float("-inf"))
         top = tl.max(tl.reshape(score, (UNITS, _UNIT)), 1)
-    key = _ordered(top, unit < filled)
+    key = ordered(top, unit < filled)
     border = tl.min(tl.where(unit < filled, key, 0x7FFFFFFF), 0)
     most = tl.max(key, 0) + 1
     room = wanted
     if filled > wanted:
-        border, room = _border(key, wanted, border, most)
-    taken, place = _first(key, border, room, unit < filled)
+        border, room = border_of(key, wanted, border, most)
+    taken, place = taken_first(key, border, room, unit < filled)
     tl.store(index + place, unit, mask=taken)
     tl.debug_barrier()
     number = tl.arange(0, SOME * _UNIT)
@@ -116,12 +116,12 @@ def choose_kernel(
     page = tl.load(index + number // _UNIT, mask=there, other=0) * _UNIT + number % _UNIT
     there = there & (page > 0) & (page < existing - 1)
     physical = tl.load(table + page, mask=there, other=0)
-    key = _ordered(tl.load(scores + page, mask=there, other=float("-inf")), there)
+    key = ordered(tl.load(scores + page, mask=there, other=float("-inf")), there)
     if filled <= wanted:
         tl.debug_barrier()  # else ptxas 12.8 makes a predicate of this `if` for a single warp, perhaps a wrong one
         border = tl.min(tl.where(there, key, 0x7FFFFFFF), 0)
-    border, room = _border(key, wanted, border, most)
-    taken, place = _first(key, border, room, there)
+    border, room = border_of(key, wanted, border, most)
+    taken, place = taken_first(key, border, room, there)
     place += 1
     tl.debug_barrier()  # all have read the units
     tl.store(index + place, page, mask=taken)
@@ -166,14 +166,14 @@ def _total(x):
 
 
 @triton.jit
-def _ordered(score, there):
+def ordered(score, there):
     """Return int32 numbers that are ordered like the scores; less than any where nothing is there."""
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
     return tl.where(there, bits ^ ((bits >> 31) & 0x7FFFFFFF), -2147483648)
 
 
 @triton.jit
-def _border(key, wanted, least, most):
+def border_of(key, wanted, least, most):
     """Return the `wanted`-th largest key, and how many equal to it are wanted at most.
 
     least, most  at least `wanted` keys are not below `least`, fewer are not below `most`
@@ -199,7 +199,7 @@ def _border(key, wanted, least, most):
 
 
 @triton.jit
-def _first(key, border, room, there):
+def taken_first(key, border, room, there):
     """Return which keys are taken, those above the border and the first that equal it, and their places among these."""
     sure = key > border
     equal = there & (key == border)

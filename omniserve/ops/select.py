@@ -1,4 +1,4 @@
-"""Choosing pages: `select_pages`, `keep_pages` for produced positions; `score_tiles`, `top_pages` for prompts' tiles.
+"""Choosing pages: `select_pages` and `keep_pages` for produced positions, `select_tiles` for tiles of prompts.
 
 The score of a page is the largest share of attention that one of its keys draws from a query; or a bound of its
 products by statistics: smallest and largest key of each logical page, dim by dim, bound them without reading a key.
@@ -7,13 +7,15 @@ products by statistics: smallest and largest key of each logical page, dim by di
 import torch
 from torch import Tensor
 
-from omniserve.base.config import PageScores
+from omniserve.base.config import TILE, PageScores
+from omniserve.base.numbers import ceil_div
 from omniserve.base.types import PAGE
 from omniserve.ops.dispatch import operation
 from omniserve.ops.pages import PageStore
 
 Chosen = tuple[Tensor, Tensor, Tensor]
-"""ids and index int32 [R, H, budget + 1], count int32 [R], as in a `PageList`. Places behind `count` hold page 0."""
+"""ids and index int32 [R, H, P], count int32 [R], as in a `PageList`. Places behind `count` hold page 0. P is one more
+than the budget at produced positions; for tiles it is the budget, or the pages of the longest sequence."""
 
 
 @operation
@@ -85,6 +87,42 @@ def keep_pages(table: Tensor, slots: Tensor, prompts: Tensor, seq_len: Tensor, m
     return _with_newest(table[slots], memo[slots], position // PAGE, chosen_at // PAGE)
 
 
+@operation
+def select_tiles(
+    q: Tensor,
+    store: PageStore,
+    table: Tensor,
+    slots: Tensor,
+    cu_q: Tensor,
+    seq_len: Tensor,
+    budget: int,
+    longest: int,
+    scale: float,
+) -> Chosen:
+    """Pages that tiles of prompt positions read: page 0, the tile's own, and those of the largest `score_tiles`.
+
+    q           [T, G * H, D], rotated; row r's queries are cu_q[r] to cu_q[r + 1], at most TILE, which end at position
+                seq_len[r]; the first is at a multiple of TILE
+    store       its statistics are read, of complete pages before a tile alone
+    table       int32 [slots, max_pages]: physical pages; slots int64 [R], cu_q int32 [R + 1], seq_len int32 [R]
+    budget      pages of a list at most, more than page 0 and a tile's own; longest: the largest seq_len
+    A row's list depends on its own queries and the pages before them alone.
+    """
+    assert store.statistics is not None
+    first, stop, end = cu_q[:-1].long(), cu_q[1:].long(), seq_len.long()
+    pages, longest = (end + PAGE - 1) // PAGE, ceil_div(longest, PAGE)
+    mine = (end - (stop - first)) // PAGE  # the first page of a tile's own
+    of = torch.minimum(first[:, None] + torch.arange(TILE, device=q.device), stop[:, None] - 1)
+    page = torch.arange(longest, device=q.device)
+    # The tile's own pages are listed in any case, and hold tokens that some of its queries do not see.
+    scores = score_tiles(q[of], store.statistics, table[slots, :longest], mine, scale)
+    chosen = top_pages(scores, pages, (page == 0) | (page >= mine[:, None]), min(budget, longest))
+    count = pages.clamp(max=budget)
+    used = torch.arange(chosen.shape[2], device=q.device) < count[:, None]
+    index = torch.where(used[:, None], chosen, 0)
+    return listed(table[slots], index), index, count.to(torch.int32)
+
+
 def _with_newest(table: Tensor, chosen: Tensor, newest: Tensor, newest_then: Tensor) -> Chosen:
     """Return lists of chosen pages [R, H, P] with the newest page, int64 [R], behind them if it is another by now."""
     kept = (newest_then + 1).clamp(max=chosen.shape[2])
@@ -147,7 +185,8 @@ def score_tiles(q: Tensor, statistics: Tensor, ids: Tensor, pages: Tensor, scale
 
     q       [R, t, G * H, D], rotated: t queries of each row; a row with fewer repeats its last one
     pages   int64 [R]: how many leading entries of ids count; the others get a share of 0
-    Otherwise as `score_pages`. The bound of a page takes the place of its scores in a softmax over the pages.
+    Otherwise as `score_pages`. The bound of a page takes the place of its scores in a softmax over the pages; endless
+    ones are left out of it, and their pages are always attractive.
     Returns [R, H, P].
     """
     used = torch.arange(ids.shape[1], device=ids.device) < pages[:, None]
@@ -155,7 +194,12 @@ def score_tiles(q: Tensor, statistics: Tensor, ids: Tensor, pages: Tensor, scale
     for row in range(q.shape[0]):  # one after the other: the bounds of one at 256K tokens take a few hundred megabytes
         of = slice(row, row + 1)
         bounds = _bounds(q[of], statistics, ids[of]).amax(4) * scale  # [1, H, G * t, P]
-        shares.append(torch.softmax(bounds.masked_fill(~used[of, None, None], float("-inf")), -1).sum(2))
+        there = used[of, None, None]
+        endless = (bounds == float("inf")) & there
+        share = torch.softmax(bounds.masked_fill(~there | endless, float("-inf")), -1)
+        share = share.masked_fill(~there, 0).masked_fill(endless, float("inf"))  # a query that sees none: no number
+        # In fp64, so that equal pages have equal sums: torch adds up columns in different orders.
+        shares.append(torch.where(share.isnan(), 0, share).sum(2, dtype=torch.float64).to(share.dtype))
     return torch.cat(shares)
 
 
@@ -169,7 +213,8 @@ def _bounds(q: Tensor, statistics: Tensor, ids: Tensor) -> Tensor:
     both = torch.cat((query.clamp(max=0), query.clamp(min=0)), -1)  # sum of max(q low, q high), dim by dim
     product = torch.matmul(both, found.reshape(rows, kv_heads, -1, 2 * dim).transpose(2, 3))
     # A key beyond fp16 makes its bound infinite, and 0 * inf is no number: such a page is always attractive.
-    return torch.nan_to_num(product, nan=float("inf")).view(rows, kv_heads, -1, ids.shape[1], parts)
+    inf = float("inf")
+    return torch.nan_to_num(product, nan=inf, posinf=inf, neginf=-inf).view(rows, kv_heads, -1, ids.shape[1], parts)
 
 
 def top_pages(scores: Tensor, pages: Tensor, forced: Tensor, count: int) -> Tensor:

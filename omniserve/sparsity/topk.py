@@ -17,12 +17,12 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from omniserve.base.config import TILE, Sparsity
+from omniserve.base.config import Sparsity
 from omniserve.base.numbers import ceil_div
 from omniserve.base.types import PAGE
 from omniserve.ops.batch import Batch, PageList, Reading, Rows, Visible
 from omniserve.ops.pages import PageStore
-from omniserve.ops.select import keep_pages, listed, score_tiles, select_pages, top_pages
+from omniserve.ops.select import keep_pages, select_pages, select_tiles
 
 
 class PageSelector:
@@ -105,23 +105,14 @@ class PageSelector:
     def _tiles(self, q: Tensor, store: PageStore, batch: Batch, table: Tensor) -> Reading:
         """Return what the tiles of prompt positions read: each a list of its own."""
         rows, budget = batch.rows, self._tile_budget
-        assert budget is not None and store.statistics is not None
+        assert budget is not None
         span = range(rows.count - rows.tiles, rows.count)
-        first, stop = rows.cu_q[span.start : -1].long(), rows.cu_q[span.start + 1 :].long()
-        end = rows.seq_len[span.start :].long()
-        pages = (end + PAGE - 1) // PAGE
-        longest = ceil_div(rows.longest, PAGE)
-        mine = (end - (stop - first)) // PAGE  # the first page of a tile's own
-        of = torch.minimum(first[:, None] + torch.arange(TILE, device=q.device), stop[:, None] - 1)
-        ids = table[batch.slots[span.start :], :longest]
-        page = torch.arange(longest, device=q.device)
-        own = page >= mine[:, None]
-        # The tile's own pages are listed in any case, and hold tokens that some of its queries do not see.
-        scores = score_tiles(q[of], store.statistics, ids, mine, self._scale)
-        chosen = top_pages(scores, pages, (page == 0) | own, min(budget, longest))
-        count = pages.clamp(max=budget).to(torch.int32)
-        found = listed(table[batch.slots[span.start :]], chosen)
-        return Reading(rows=span, pages=PageList(ids=found, index=chosen, count=count, slots=None), visible=_ALL)
+        of = slice(span.start, span.stop)
+        cu_q = rows.cu_q[span.start : span.stop + 1]
+        ids, index, count = select_tiles(
+            q, store, table, batch.slots[of], cu_q, rows.seq_len[of], budget, rows.longest, self._scale
+        )
+        return Reading(rows=span, pages=PageList(ids=ids, index=index, count=count, slots=None), visible=_ALL)
 
 
 _ALL = Visible()

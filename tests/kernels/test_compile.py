@@ -11,6 +11,7 @@ from tests.kernels.processes import python
 KERNELS = {
     "add_norm_kernel",
     "attend_kernel",
+    "bound_kernel",
     "change_kernel",
     "choose_kernel",
     "combine_kernel",
@@ -35,16 +36,18 @@ KERNELS = {
     "quantize_kernel",
     "rope_write_kernel",
     "score_kernel",
+    "share_kernel",
     "statistics_kernel",
     "sum_kernel",
     "swiglu_kernel",
     "swiglu_parts_kernel",
+    "take_kernel",
     "top_kernel",
     "weigh_kernel",
     "window_kernel",
 }
 """All kernels: each has at least one launch in the catalogue."""
-HOPPER = {"few_kernel", "hopper_kernel", "flash_gluon_kernel", "swiglu_parts_kernel"}
+HOPPER = {"bound_kernel", "few_kernel", "hopper_kernel", "flash_gluon_kernel", "swiglu_parts_kernel"}
 """Kernels for compute capability 9.0 alone."""
 
 

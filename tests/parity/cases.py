@@ -452,6 +452,32 @@ def select_pages() -> Iterator[tuple[str, Args]]:
             )
 
 
+def select_tiles() -> Iterator[tuple[str, Args]]:
+    """Tiles below, at and above the budget, whole and ended early, of several requests; equal and endless pages."""
+    for number, (budget, group, dim, scale) in enumerate(
+        ((4, 4, 64, 0.03), (9, 3, 80, 0.02), (70, 1, 32, 0.05), (20, 8, 128, 0.01))
+    ):
+        pages, heads, draw = 90, 2, _generator(number)
+        tiles = [(1, 1280, 128), (0, 5120, 128), (0, 5248, 128), (2, 5632, 71), (3, 64 * budget // 128 * 128, 1)]
+        tiles += [(1, 1408, 65), (4, 0, 128)]
+        slots, starts, counts = (torch.tensor(column) for column in zip(*tiles, strict=True))
+        cu_q = torch.cat((torch.tensor([7]), 7 + counts.cumsum(0))).int()
+        # Whole numbers: products are exact in any order, so that equal pages have equal shares.
+        q = torch.randint(-3, 4, (int(cu_q[-1]) + 3, 2 * heads * group, dim), generator=draw).half()[:, : heads * group]
+        bounds = torch.randint(-9, 10, (5 * pages, heads, 4, 2, dim), generator=draw).sort(3).values.half()
+        table = torch.randperm(5 * pages, generator=draw).to(torch.int32).view(5, pages)
+        bounds[table[0, 20:50].long()] = bounds[table[0, 50:80].long()]  # equal ones: the earlier page is taken
+        bounds[table[1, 11].long(), 1, 2, 1, 3], bounds[table[2, 33].long(), 0, 0, 0, 5] = float("inf"), float("-inf")
+        form = kv_format("kv4")
+        memory = torch.zeros(5 * pages, heads, form.page_bytes(dim), dtype=torch.uint8)
+        store = LayerPages(memory, form, dim, statistics=bounds)
+        longest = int((starts + counts).max()) if number % 2 else pages * PAGE
+        yield (
+            f"{budget} pages, {group} heads of {dim}",
+            (q, store, table, slots, cu_q, (starts + counts).int(), budget, longest, scale),
+        )
+
+
 def keep_pages() -> Iterator[tuple[str, Args]]:
     """Rows below, at and above the budget, some with a page that began since."""
     for number, (budget, interval, heads) in enumerate(((2, 4, 3), (7, 3, 1), (64, 64, 12), (5, 2, 8))):
@@ -613,4 +639,5 @@ CASES: dict[str, Callable[[], Iterator[tuple[str, Args]]]] = {
     "window_pages": window_pages,
     "keep_pages": keep_pages,
     "select_pages": select_pages,
+    "select_tiles": select_tiles,
 }
