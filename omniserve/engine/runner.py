@@ -140,7 +140,6 @@ class Runner:
         self._graphs: DecodeGraphs | None = None
         self._keeping: DecodeGraphs | None = None
         self._mixed: MixedGraphs | None = None
-        self._by_position = policy.by_position
 
     @torch.inference_mode()
     def run(self, step: Step) -> Drawn:
@@ -211,10 +210,7 @@ class Runner:
         self._graphs = DecodeGraphs(self._produce, row, most=idle, device=device, pool=pool, on_done=decodes)
         if self.assembler.keeps([1], [0]):
             self._keeping = DecodeGraphs(self._keep, row, most=min(idle, KEEPING), device=device, pool=pool)
-        if not self._by_position:  # those of sparse policies have not been seen on a card yet
-            self._mixed = MixedGraphs(
-                self._mixture, idle, seqs=idle, tokens=most, device=device, pool=pool, on_done=mixed
-            )
+        self._mixed = MixedGraphs(self._mixture, idle, seqs=idle, tokens=most, device=device, pool=pool, on_done=mixed)
 
     def _decode(self, works: Sequence[Work]) -> tuple[Tensor, Tensor]:
         """Return the logits [R, V] of works of one produced position each, and their slots on the device."""
