@@ -35,6 +35,7 @@ class Spec:
     matrix     pattern of the tensor-core instruction it must use, in PTX; None: it uses none
     most_registers  cap of a thread's registers, None without one
     longest    SASS instructions that its longest loop with a tensor-core instruction may have
+    counting   barriers that count: where there are more, a number is held, and counted, more than once
     """
 
     name: str
@@ -48,6 +49,7 @@ class Spec:
     fusion: bool = True
     matrix: str | None = None
     longest: int = 0
+    counting: int = 0
     most_registers: int | None = None
     first: bool = False
 
@@ -103,6 +105,10 @@ def compile_spec(spec: Spec) -> Report:
         loops=_loops(sass),
     )
     report.problems.extend(_problems(spec, report))
+    if (counting := compiled.asm["ptx"].count("bar.red.popc")) != spec.counting:
+        report.problems.append(f"counts at {counting} barriers; expected {spec.counting}")
+    if spec.counting and (other := _spread(compiled.asm["ttgir"])):
+        report.problems.append(f"holds keys as {', '.join(other)}: which of two comes first is not known")
     if guarded := re.findall(r"@!?P\d+ +REDUX\S*", sass):
         report.problems.append(f"sums up a warp under a condition, which ptxas 12.8 gets wrong: {guarded[0]}")
     return report
@@ -126,6 +132,14 @@ def _problems(spec: Spec, report: Report) -> list[str]:
     elif longest > spec.longest:
         found.append(f"has a loop of {longest} instructions; its budget is {spec.longest}")
     return found
+
+
+def _spread(ttgir: str) -> list[str]:
+    """Return the layouts of what inline PTX gets and returns, but for those that follow the threads."""
+    layouts = dict(re.findall(r"(#\w+) = #ttg\.(\S+<.*>)", ttgir))
+    used = {layouts[name] for name in re.findall(r"inline_asm.*tensor<\w+, (#\w+)>", ttgir)}
+    plain = r"blocked<\{sizePerThread = \[\d\], threadsPerWarp = \[32\], warpsPerCTA = \[\d+\], order = \[0\]\}>"
+    return sorted(layout for layout in used if not re.fullmatch(plain, layout))
 
 
 def _run(tool: str, *arguments: str) -> str:

@@ -540,7 +540,7 @@ def _selection(arch: int) -> Iterator[Spec]:
                 kernel=select.key_score_kernel,
                 types={
                     "q": "*fp16", "codes": "*fp16" if bits == 16 else "*u8", "scales": "*fp16", "q_stride": "i32",
-                    **lists,
+                    "factor": "fp32", **lists,
                 },
                 constants=select.key_constants(group, head_dim, 64, bits) | {"PDL": arch == 90},
                 warps=select.key_warps(head_dim),
@@ -549,16 +549,28 @@ def _selection(arch: int) -> Iterator[Spec]:
                 longest=KEY_LOOPS[bits],
                 first=first and bits == 4,
             )  # fmt: skip
+        names = ("slots", "prompts", "seq_len", "scores", "beside", "kv_heads", "interval", "budget", "pages", "units")
+        yield Spec(
+            name=f"units of {group} heads",
+            arch=arch,
+            kernel=choice.unit_kernel,
+            types={name: lists[name] for name in names},
+            constants={"G": group, "PDL": arch == 90},
+            warps=1,
+            loose=tuple(name for name in loose if name in names),
+            first=first,
+        )
         for apart in (0, group):
             narrow = choice.choose_constants(pages, 64, apart)
             yield Spec(
                 name=f"choice of {pages} pages by {'keys' if apart else 'bounds'}",
                 arch=arch,
                 kernel=choice.choose_kernel,
-                types={**lists, "rows": "i32", "scale": "fp32"},
+                types={**lists, "rows": "i32"},
                 constants=narrow | {"PDL": arch == 90},
-                warps=choice.choose_warps(narrow),
+                warps=choice.choose_warps(narrow["WIDE"]),
                 loose=loose,
+                counting=2 * narrow["EACH"],
                 first=first and not apart,
             )
         for bits in (4, 8, 16):

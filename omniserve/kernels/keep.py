@@ -17,11 +17,17 @@ _PAGE = tl.constexpr(PAGE)
 
 
 @triton.jit
-def row_of(slots, prompts, seq_len, row, interval):
-    """Return slot and position of a row, how long ago its request chose, and if the row that chose is in this step."""
+def place_of(slots, prompts, seq_len, row, interval):
+    """Return slot and position of a row, and how long ago its request chose."""
     slot = tl.load(slots + row)
     position = tl.load(seq_len + row) - 1
-    since = tl.maximum((position - tl.load(prompts + row)) % interval, 0).to(tl.int32)
+    return slot, position, tl.maximum((position - tl.load(prompts + row)) % interval, 0).to(tl.int32)
+
+
+@triton.jit
+def row_of(slots, prompts, seq_len, row, interval):
+    """Return slot and position of a row, how long ago its request chose, and if the row that chose is in this step."""
+    slot, position, since = place_of(slots, prompts, seq_len, row, interval)
     source = row - since
     here = (source >= 0) & (tl.load(slots + tl.maximum(source, 0)) == slot)
     return slot, position, since, here

@@ -17,7 +17,7 @@ from omniserve.base.config import PageScores
 from omniserve.base.numbers import ceil_div
 from omniserve.base.types import PAGE
 from omniserve.formats.kv import LayerPages
-from omniserve.kernels.choice import UNIT, choose_constants, choose_kernel, choose_warps
+from omniserve.kernels.choice import BLOCK, UNIT, choose_constants, choose_kernel, choose_warps, unit_kernel
 from omniserve.kernels.codes import halves, tiny_codes
 from omniserve.kernels.device import INTERPRETED, kernel_of, need, pdl, processors
 from omniserve.kernels.handover import held_back
@@ -25,7 +25,7 @@ from omniserve.kernels.keep import keep_row, row_of
 from omniserve.kernels.write import checked
 from omniserve.ops.select import Chosen, select_pages
 
-CROWD = {0: 24, 4: 8, 8: 8, 16: 6}
+CROWD = {0: 24, 4: 16, 8: 8, 16: 10}
 """Programs of a scorer per processor, by the bits of the keys that it reads (0: bounds): enough to hide the way to
 memory, few enough to end early at low cost. Measured on an H200, like the warps and stages below."""
 
@@ -142,8 +142,8 @@ def key_score_kernel(
     prompts,
     seq_len,
     memo,
-    scores,  # fp32 [R, H, G, pages]
-    beside,  # not used
+    scores,  # fp32 [R, H, G, pages], times `factor`
+    beside,  # for `unit_kernel`
     ids,
     index,
     count,
@@ -155,6 +155,7 @@ def key_score_kernel(
     budget,
     pages,
     units,
+    factor,  # of attention's products
     G: tl.constexpr,
     GP: tl.constexpr,
     D: tl.constexpr,
@@ -216,7 +217,7 @@ def key_score_kernel(
         best = tl.reduce(score, 0, _larger)
         # A key beyond fp16 times 0 is no number: such a page is always attractive.
         best = tl.where(best == best, best, float("inf"))
-        tl.store(scores + (spot * G + group) * pages + logical, best, mask=group < G)
+        tl.store(scores + (spot * G + group) * pages + logical, best * factor, mask=group < G)
 
 
 @triton.jit
@@ -257,19 +258,24 @@ def select_pages_triton(
     units = ceil_div(pages, STRIDE) * STRIDE // UNIT
     stride = units * UNIT
     scores = torch.empty(rows, kv_heads, max(apart, 1), stride, dtype=torch.float32, device=q.device)
-    beside = torch.empty(rows, kv_heads, stride if apart else units, dtype=torch.float32, device=q.device)
+    blocks = ceil_div(units, BLOCK)
+    each = apart * (units + 2 * blocks) if apart else units
+    beside = torch.empty(rows, kv_heads, each, dtype=torch.float32, device=q.device)
     slots, prompts, seq_len = slots.contiguous(), prompts.contiguous(), seq_len.contiguous()
     lists = (table, slots, prompts, seq_len, memo, scores, beside, ids, index, count)
     numbers = (kv_heads, q.stride(0), table.stride(0), memo.stride(0), interval, budget, stride, units)
     bits = store.format.bits if by == "keys" else 0
-    crowd = ceil_div(CROWD[bits] * processors(), rows * kv_heads)
+    crowd = max(1, CROWD[bits] * processors() // (rows * kv_heads))
     if by == "keys":
         checked([store], head_dim)
         need(bits < 16 or store.format.element == q.dtype, f"kv16 pages of {store.format.element}: as q is")
         key_score_kernel[(min(pages, crowd), kv_heads, rows)](
-            q, store.pages.view(store.format.element), store.pages.view(torch.float16), *lists, *numbers,
-            **key_constants(heads // kv_heads, head_dim, budget, bits), num_warps=key_warps(head_dim),
-            launch_pdl=pdl(),
+            q, store.pages.view(store.format.element), store.pages.view(torch.float16), *lists, *numbers, scale,
+            **key_constants(apart, head_dim, budget, bits), num_warps=key_warps(head_dim), launch_pdl=pdl(),
+        )  # fmt: skip
+        unit_kernel[(blocks, heads, rows)](
+            slots, prompts, seq_len, scores, beside, kv_heads, interval, budget, stride, units, apart, pdl(),
+            num_warps=1, launch_pdl=pdl(),
         )  # fmt: skip
     else:
         assert store.statistics is not None and store.statistics.is_contiguous()
@@ -279,8 +285,8 @@ def select_pages_triton(
         )  # fmt: skip
     narrow = choose_constants(max(pages, table.shape[1]), budget, apart)
     choose_kernel[(kv_heads, rows)](
-        *lists, rows, kv_heads, table.stride(0), memo.stride(0), interval, budget, stride, units, scale, **narrow,
-        num_warps=choose_warps(narrow), launch_pdl=pdl(),
+        *lists, rows, kv_heads, table.stride(0), memo.stride(0), interval, budget, stride, units, **narrow,
+        num_warps=choose_warps(narrow["WIDE"]), launch_pdl=pdl(),
     )  # fmt: skip
     return ids, index, count
 
@@ -310,4 +316,4 @@ def key_warps(head_dim: int) -> int:
 
 def key_stages(bits: int) -> int:
     """Return how many pages are on their way."""
-    return {4: 5, 8: 3, 16: 2}[bits]
+    return {4: 3, 8: 3, 16: 2}[bits]

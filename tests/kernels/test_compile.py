@@ -43,6 +43,7 @@ KERNELS = {
     "swiglu_parts_kernel",
     "take_kernel",
     "top_kernel",
+    "unit_kernel",
     "weigh_kernel",
     "window_kernel",
 }
