@@ -19,6 +19,7 @@ from triton.backends.nvidia import __file__ as _nvidia
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
+from omniserve.kernels.cuda import compiled
 from omniserve.kernels.device import SHARED_BYTES
 
 TOOLS = Path(_nvidia).parent / "bin"
@@ -51,6 +52,27 @@ class Spec:
     longest: int = 0
     counting: int = 0
     most_registers: int | None = None
+    first: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CudaSpec:
+    """One kernel in CUDA C++ as NVRTC compiles it.
+
+    threads, programs  of a program, and how many of these a multiprocessor must hold
+    dynamic            bytes of shared memory that a launch asks for beside the kernel's own
+    longest            SASS instructions that its longest loop with a tensor-core instruction may have
+    """
+
+    name: str
+    arch: int
+    kernel: str
+    source: str
+    constants: dict[str, int]
+    threads: int
+    programs: int
+    dynamic: int
+    longest: int
     first: bool = False
 
 
@@ -89,29 +111,69 @@ def compile_spec(spec: Spec) -> Report:
         "enable_fp_fusion": spec.fusion,
         "maxnreg": spec.most_registers,
     }
-    compiled = triton.compile(source, target=GPUTarget("cuda", spec.arch, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = _run("cuobjdump", "-res-usage", file.name)
-        sass = _run("nvdisasm", "-c", file.name)
+    made = triton.compile(source, target=GPUTarget("cuda", spec.arch, 32), options=options)
+    usage, sass = _read(made.asm["cubin"])
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     report = Report(
         registers=used["REG"],
         stack_bytes=used["STACK"],
         local_bytes=used["LOCAL"],
-        shared_bytes=compiled.metadata.shared,
-        matrix=_matrix(compiled.asm["ptx"]),
+        shared_bytes=made.metadata.shared,
+        matrix=_matrix(made.asm["ptx"]),
         loops=_loops(sass),
     )
     report.problems.extend(_problems(spec, report))
-    if (counting := compiled.asm["ptx"].count("bar.red.popc")) != spec.counting:
+    if (counting := made.asm["ptx"].count("bar.red.popc")) != spec.counting:
         report.problems.append(f"counts at {counting} barriers; expected {spec.counting}")
-    if spec.counting and (other := _spread(compiled.asm["ttgir"])):
+    if spec.counting and (other := _spread(made.asm["ttgir"])):
         report.problems.append(f"holds keys as {', '.join(other)}: which of two comes first is not known")
     if guarded := re.findall(r"@!?P\d+ +REDUX\S*", sass):
         report.problems.append(f"sums up a warp under a condition, which ptxas 12.8 gets wrong: {guarded[0]}")
     return report
+
+
+REGISTERS = 65536
+"""Registers of a multiprocessor."""
+
+
+def compile_cuda(spec: CudaSpec) -> Report:
+    """Compile a kernel in CUDA C++ and return what it became, like `compile_spec`."""
+    code, said = compiled(spec.source, f"sm_{spec.arch}a", spec.constants)
+    usage, sass = _read(code)
+    shared = int(re.findall(r"SHARED:(\d+)", usage)[-1]) + spec.dynamic  # with the KiB that each program gives away
+    products = re.findall(r"(IGMMA\S*) R\d+, (R|gdesc)", sass)
+    report = Report(
+        registers=int(re.findall(r"REG:(\d+)", usage)[-1]),
+        stack_bytes=int(re.findall(r"STACK:(\d+)", usage)[-1]),
+        local_bytes=int(re.findall(r"LOCAL:(\d+)", usage)[-1]),
+        shared_bytes=shared,
+        matrix=dict(Counter(f"{name} A={'registers' if a == 'R' else 'shared'}" for name, a in products)),
+        loops=_loops(sass),
+    )
+    found = report.problems
+    if report.stack_bytes or report.local_bytes:
+        found.append(f"spills {report.stack_bytes + report.local_bytes} bytes of registers")
+    found += re.findall(r"Potential Performance Loss: (.*)", said)
+    if report.registers * spec.threads * spec.programs > REGISTERS:
+        found.append(
+            f"takes {report.registers} registers of {spec.threads} threads; {spec.programs} programs do not fit"
+        )
+    if shared * spec.programs > SHARED_BYTES[spec.arch] + 1024:
+        found.append(f"takes {shared} bytes of shared memory; {spec.programs} programs do not fit")
+    if not report.matrix or not all(name.endswith("A=registers") for name in report.matrix):
+        found.append(f"uses {report.matrix or 'no tensor core'}; expected integer products with weights in registers")
+    longest = max((length for length, _ in report.loops), default=0)
+    if not 0 < longest <= spec.longest:
+        found.append(f"has a loop of {longest} instructions; its budget is {spec.longest}")
+    return report
+
+
+def _read(code: bytes) -> tuple[str, str]:
+    """Return what machine code uses, and its instructions."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        return _run("cuobjdump", "-res-usage", file.name), _run("nvdisasm", "-c", file.name)
 
 
 def _problems(spec: Spec, report: Report) -> list[str]:

@@ -7,6 +7,7 @@ and 8 key heads, D = 128) and SmolLM2-135M (hidden 576, D = 64, groups of 3).
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import triton
 
 from omniserve.base.config import TILE
@@ -15,6 +16,7 @@ from omniserve.kernels import (
     bounds,
     changes,
     choice,
+    clusters,
     combine,
     cuts,
     dense,
@@ -36,8 +38,8 @@ from omniserve.kernels import (
     statistics,
     write,
 )
-from omniserve.kernels.ahead import Spec
-from omniserve.kernels.tiles import Tile, choose, default
+from omniserve.kernels.ahead import CudaSpec, Spec
+from omniserve.kernels.tiles import Tile, choose, default, table
 
 ARCHITECTURES = (80, 86, 89, 90)
 """Compute capabilities times ten."""
@@ -63,6 +65,9 @@ FEW_LOOPS = {"g128": 175, "row": 115, "w8a8": 105}
 
 FEW = Tile(16, 64, 2, 4, 4, 4, "few")
 """A tile of it that cuts K, whatever the tables say."""
+
+CLUSTER_LOOPS = {"g128": 115, "row": 80}
+"""The same of the kernel for few tokens in CUDA C++, for a block; it takes two of them, or more, in one turn."""
 
 HELPED = Tile(128, 64, 1, 9, 8, 2, "gluon")
 """A tile of the kernel for compute capability 9.0 that helpers share, whatever the tables say."""
@@ -114,6 +119,25 @@ def specs(arch: int) -> Iterator[Spec]:
     yield from _prefill(arch)
 
 
+def cuda_specs(arch: int) -> Iterator[CudaSpec]:
+    """Yield the kernels in CUDA C++: every tile of the tables."""
+    tiles = {(one.kind, one.tile) for one in table(arch) if one.tile.language == "cuda"}
+    for at, (kind, tile) in enumerate(sorted(tiles, key=str)):
+        grouped = kind == "g128"
+        yield CudaSpec(
+            name=f"cluster gemm {kind} {tile}",
+            arch=arch,
+            kernel="product",
+            source=clusters.source(tile.tokens),
+            constants=clusters.constants(tile, torch.bfloat16, grouped=grouped, zero=not grouped, bias=grouped),
+            threads=tile.warps * 32,
+            programs=tile.programs,
+            dynamic=clusters.shared_bytes(tile, torch.bfloat16, grouped=grouped),
+            longest=CLUSTER_LOOPS[kind] * max(tile.step, 2),
+            first=at % 8 == 0,
+        )
+
+
 def _linear(arch: int) -> Iterator[Spec]:
     types = {
         "x": "*i8", "a": "*fp32", "total": "*i32", "w": "*u8", "scale": "*fp32", "zero": "*fp32", "bias": "*fp32",
@@ -122,7 +146,7 @@ def _linear(arch: int) -> Iterator[Spec]:
     kinds = (("g128", 4, True, False), ("row", 4, False, True), ("w8a8", 8, False, False))
     for name, bits, grouped, zero in kinds:
         for tokens, n, k in ((16, 4096, 14336), (64, 4096, 14336), (128, 4096, 4096), (2048, 28672, 4096)):
-            tile = choose(tokens, n, k, name, arch=arch, sms=SMS[arch])
+            tile = choose(tokens, n, k, name, arch=arch, sms=SMS[arch], cuda=False)
             if tile.language != "triton":
                 yield (_few if tile.language == "few" else _gluon)(tile, name, tokens, n, k)
                 tile = default(tokens, n, k, name, arch=arch, sms=SMS[arch])

@@ -395,11 +395,6 @@ def tickets(device: torch.device) -> Tensor:
     return torch.zeros(processors(), dtype=torch.int32, device=device)
 
 
-def serves(k: int, n: int, dtype: torch.dtype) -> bool:
-    """True if the kernel can take a product: rows of x and y are multiples of 16 bytes, as copies of tiles need."""
-    return k % 16 == 0 and n * dtype.itemsize % 16 == 0
-
-
 def launch(
     x: Tensor, a: Tensor, total: Tensor, w: Tensor, scale: Tensor, zero: Tensor, bias: Tensor, y: Tensor,
     tile: Tile, *, bits: int, grouped: bool, has_zero: bool, has_bias: bool, sms: int,

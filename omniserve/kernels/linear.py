@@ -17,6 +17,8 @@ from omniserve.base.numbers import ceil_div
 from omniserve.formats.blocks import BLOCK_BYTES, SIDE
 from omniserve.formats.w4a8 import gemm_w4a8_blocks
 from omniserve.formats.w8a8 import gemm_w8a8
+from omniserve.kernels import clusters
+from omniserve.kernels.cuda import compiler, version
 from omniserve.kernels.device import GLUON, INTERPRETED, OUTPUTS, architecture, kernel_of, need, processors
 from omniserve.kernels.tiles import Tile, choose, default
 
@@ -276,9 +278,15 @@ def product(
     av, tv, sv, zv, bv = (parameters[0] if p is None else p for p in parameters)  # one that is not read stands in
     grouped = bits == 4 and w.shape[2] == BLOCK_BYTES
     kind = "w8a8" if bits == 8 else "g128" if grouped else "row"
-    tile = tile or choose(m, n, k, kind, arch=architecture(), sms=processors())
+    aligned = k % 16 == 0 and n * dtype.itemsize % 16 == 0  # rows of x and y, as copies of tiles need them
+    cuda = aligned and architecture() == 90 and not INTERPRETED and clusters.available()
+    tile = tile or choose(m, n, k, kind, arch=architecture(), sms=processors(), cuda=cuda)
+    if tile.language == "cuda" and cuda:
+        has = {"grouped": grouped, "has_zero": zero is not None, "has_bias": bias is not None}
+        clusters.launch(x, av, tv, w, sv, zv, bv, y, tile, **has)
+        return y
     if tile.language != "triton":
-        if triton.__version__ in GLUON and not INTERPRETED and hopper.serves(k, n, dtype):
+        if triton.__version__ in GLUON and not INTERPRETED and aligned and tile.language != "cuda":
             flags = {
                 "bits": bits, "grouped": grouped, "has_zero": zero is not None, "has_bias": bias is not None,
             }  # fmt: skip
@@ -311,7 +319,21 @@ def gemm_w8a8_triton(x: Tensor, a: Tensor, w: Tensor, scale: Tensor, bias: Tenso
     return product(x, a, None, w, scale, None, bias, dtype)
 
 
-@kernel_of(gemm_w4a8_blocks)
+def serving() -> str:
+    """Return for people which kernels serve on this card: tables say which one for a product's size."""
+    if architecture() != 90:
+        return "gemm_kernel"
+    gluon = triton.__version__ in GLUON
+    library = compiler()
+    few = (
+        f"NVRTC {'.'.join(map(str, version(library)))}"
+        if library
+        else "no NVRTC is here: up to 128 tokens it is slower"
+    )
+    return f"{'few_kernel, hopper_kernel' if gluon else 'gemm_kernel'}; CUDA C++ by {few}"
+
+
+@kernel_of(gemm_w4a8_blocks, inside=serving)
 def gemm_w4a8_blocks_triton(
     x: Tensor,
     a: Tensor,

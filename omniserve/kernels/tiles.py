@@ -29,8 +29,9 @@ class Tile:
 
     split     parts of K that are added up afterwards; "gluon": above 1, free multiprocessors help (`hopper.lent`)
     language  "triton"; on compute capability 9.0, under tested versions of Triton, "gluon" (`hopper.py`) or "few"
-              (`few.py`)
+              (`few.py`), and where NVRTC is, "cuda" (`clusters.py`)
     order     tiles of tokens that follow each other on one panel of weights
+    programs  "cuda": that fit on a multiprocessor
     """
 
     tokens: int
@@ -41,6 +42,7 @@ class Tile:
     split: int = 1
     language: str = "triton"
     order: int = 8
+    programs: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,23 +79,24 @@ def entry_of(held: dict[str, Any]) -> Entry:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(tokens: int, rows: int, columns: int, kind: str, *, arch: int, sms: int) -> Tile:
+def choose(tokens: int, rows: int, columns: int, kind: str, *, arch: int, sms: int, cuda: bool = True) -> Tile:
     """Return the tile for a product of T tokens with a weight [N, K] on a card.
 
     Of the measured shapes of this kind the nearest one counts, of its numbers of tokens the first that is not smaller.
+    cuda: whether tiles of that language can be taken; each has a row of another one beside it
     """
-    entries = [one for one in table(arch) if one.kind == kind]
+    entries = [one for one in table(arch) if one.kind == kind and (cuda or one.tile.language != "cuda")]
     if not entries:
         return default(tokens, rows, columns, kind, arch=arch, sms=sms)
     return fitting(nearest(entries, tokens, rows, columns).tile, columns)
 
 
 def nearest(entries: Sequence[Entry], tokens: int, rows: int, columns: int) -> Entry:
-    """Return the entry of the nearest shape, and of its smallest number of tokens that is not below T."""
+    """Return the entry of the nearest shape, and of its smallest number of tokens that is not below T, the fastest."""
 
-    def far(one: Entry) -> tuple[float, bool, int]:
+    def far(one: Entry) -> tuple[float, bool, int, float]:
         shape = abs(math.log2(one.n / rows)) + abs(math.log2(one.k / columns))
-        return round(shape, 6), one.m < tokens, abs(one.m - tokens)
+        return round(shape, 6), one.m < tokens, abs(one.m - tokens), one.us
 
     return min(entries, key=far)
 

@@ -3,7 +3,8 @@
     python -m omniserve.kernels.tune --out tables            every shape of `SHAPES`
     python -m omniserve.kernels.tune --out tables --kinds row --shapes 4096x14336 --tokens 1 16
 
-Each candidate must first give the bits of the default tile. Times are medians of CUDA-graph replays over weights that
+Each candidate must first give the bits of the default tile. A product has a row for tiles in CUDA C++, which need a
+compiler at run time, and one for all others. Times are medians of CUDA-graph replays over weights that
 do not fit in the L2 cache. Rows are written as soon as a shape is done; a row that is there stays unless a tile beats
 it by 2 %. Candidates are compiled by many processes before anything is timed.
 """
@@ -24,7 +25,8 @@ from torch import Tensor
 
 from omniserve.base.numbers import ceil_div
 from omniserve.formats.blocks import BLOCK_BYTES, CODE_BYTES, SIDE
-from omniserve.kernels.device import architecture, processors
+from omniserve.kernels import clusters
+from omniserve.kernels.device import SHARED_BYTES, architecture, processors
 from omniserve.kernels.hopper import lent
 from omniserve.kernels.linear import product
 from omniserve.kernels.tiles import KINDS, TABLES, Entry, Tile, default, entry_of
@@ -58,12 +60,45 @@ def candidates(kind: str, tokens: int, rows: int, columns: int, arch: int, sms: 
     if arch != 90:
         yield from _triton(tokens, columns, kind)
         return
+    yield from cuda_candidates(kind, tokens, rows, columns, sms)
     yield from _few(kind, tokens, rows, columns, sms)
     for tile in _gluon(kind, tokens):
         yield tile
         tiles = ceil_div(tokens, tile.tokens) * ceil_div(rows, tile.weights)
         if lent(tiles, ceil_div(columns, SIDE * tile.step), tile.step, sms):
             yield replace(tile, split=2)
+
+
+def cuda_candidates(kind: str, tokens: int, rows: int, columns: int, sms: int) -> Iterator[Tile]:
+    """Yield tiles in CUDA C++: one to four programs per multiprocessor, as many stages as its shared memory holds."""
+    if tokens > clusters.TOKENS[-1] or kind == "w8a8" or not clusters.available():
+        return
+    bm = next(one for one in clusters.TOKENS if tokens <= one)
+    blocks = ceil_div(columns, SIDE)
+    # Weights, programs per multiprocessor, groups that take turns: those that were ever within 3 % of the fastest.
+    for wide, programs, turns in ((64, 1, 2), (64, 2, 1), (64, 2, 2), (64, 3, 1), (64, 4, 1), (128, 1, 1), (128, 2, 1)):
+        for step in (1, 2) if bm >= 32 else (2, 4):
+            for split in (1, 2, 3, 4, 5, 6, 8):
+                tiles = ceil_div(tokens, bm) * ceil_div(rows, wide) * split
+                most = programs * sms
+                fills = 0.7 * sms * max(1, programs - 1) <= tiles <= (2 if split <= 3 else 1) * most
+                large = bm == 128 and programs * turns * wide > 128  # registers
+                if not fills or large or blocks < (4 if step == 1 else 4 * step) * split:
+                    continue
+                tile = Tile(bm, wide, step, wide // 16 * turns + 1, 16, split, "cuda", programs=programs)
+                tile = replace(tile, stages=_stages(tile, kind, ceil_div(blocks, step * split)))
+                if tile.stages >= 3 or (tile.stages == 2 and step == 4):
+                    yield tile
+
+
+def _stages(tile: Tile, kind: str, steps: int) -> int:
+    """Return how many stages fit into a tile's share of shared memory; groups that take turns have their own ones."""
+    turns, room = clusters.turns(tile), SHARED_BYTES[90] // tile.programs - 1024
+    for stages in range(min(ceil_div(steps, turns), 16 // turns) * turns, 0, -turns):
+        tile = replace(tile, stages=stages)
+        if clusters.shared_bytes(tile, torch.bfloat16, grouped=kind == "g128") + clusters.static_bytes(tile) <= room:
+            return stages
+    return 0
 
 
 def _few(kind: str, tokens: int, rows: int, columns: int, sms: int) -> Iterator[Tile]:
@@ -213,12 +248,14 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def best(kind: str, tokens: int, rows: int, columns: int, held: Entry | None, ws: Sequence[Tensor]) -> Entry:
-    """Return the entry of one product: the row that is there, or a tile that beats it."""
+def best(
+    kind: str, tokens: int, rows: int, columns: int, held: Entry | None, ws: Sequence[Tensor], tiles: Iterable[Tile]
+) -> Entry | None:
+    """Return the entry of one product: the row that is there, or one of `tiles` that beats it."""
     problem = Problem(kind, tokens, rows, columns)
     known = [held.tile] if held else []
-    found = list(dict.fromkeys((*candidates(kind, tokens, rows, columns, architecture(), processors()), *known)))
-    expected = problem(ws[0], found[0])
+    found = list(dict.fromkeys((*tiles, *known)))
+    expected = problem(ws[0], default(tokens, rows, columns, kind, arch=architecture(), sms=processors()))
     times: dict[Tile, float] = {}
     for tile in found:
         try:
@@ -228,6 +265,8 @@ def best(kind: str, tokens: int, rows: int, columns: int, held: Entry | None, ws
             say(f"left out: {kind} {tokens}x{rows}x{columns} {tile}: {str(error)[:120]}")
             continue
         times[tile] = total / len(ws)
+    if not times:
+        return held
     fastest = min(times, key=lambda tile: times[tile])
     if held and held.tile in times and times[fastest] > GAIN * times[held.tile]:
         fastest = held.tile
@@ -240,7 +279,7 @@ def write(path: Path, entries: Iterable[Entry]) -> None:
         "card": torch.cuda.get_device_name(), "arch": architecture(), "date": time.strftime("%Y-%m-%d"),
         "torch": torch.__version__, "triton": triton.__version__,
     }  # fmt: skip
-    ordered = sorted(entries, key=lambda one: (one.kind, one.n, one.k, one.m))
+    ordered = sorted(entries, key=lambda one: (one.kind, one.n, one.k, one.m, one.tile.language))
     lines = [f" {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items()]
     rows = ",\n".join("  " + json.dumps(asdict(one)) for one in ordered)
     path.write_text("\n".join(["{", *lines, ' "entries": [', rows, " ]", "}", ""]))
@@ -254,6 +293,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", metavar="NxK", help="weights; all of the known models if not given")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--processes", type=int, default=8, help="that compile")
+    parser.add_argument("--languages", nargs="+", choices=("cuda", "others"), default=("cuda", "others"))
     parser.add_argument("--seconds", type=float, default=1e9, help="no new shape is begun after that time")
     given = parser.parse_args()
     begun = time.monotonic()
@@ -262,15 +302,22 @@ def main() -> None:
     source = path if path.exists() else TABLES / path.name
     entries = {}
     if source.exists():
-        entries = {(e.kind, e.n, e.k, e.m): e for e in map(entry_of, json.loads(source.read_text())["entries"])}
+        held = map(entry_of, json.loads(source.read_text())["entries"])
+        entries = {(e.kind, e.n, e.k, e.m, e.tile.language == "cuda"): e for e in held}
     jobs = [
         (kind, n, k) for kind in given.kinds for n, k in shapes
         if given.shapes or kind == "w8a8" or (n, k) not in HEADS
     ]  # fmt: skip
+
+    def tiles(kind: str, m: int, n: int, k: int, cuda: bool) -> list[Tile]:
+        every = candidates(kind, m, n, k, architecture(), processors())
+        return [tile for tile in every if (tile.language == "cuda") == cuda]
+
+    classes = [name == "cuda" for name in given.languages]
     wanted = {
-        (kind, tile) for kind, n, k in jobs for m in given.tokens
-        for tile in candidates(kind, m, n, k, architecture(), processors())
-    } | {(kind, e.tile) for (kind, *_), e in entries.items() if kind in given.kinds}  # fmt: skip
+        (kind, tile) for kind, n, k in jobs for m in given.tokens for c in classes for tile in tiles(kind, m, n, k, c)
+    }
+    wanted |= {(kind, e.tile) for (kind, *_, c), e in entries.items() if kind in given.kinds and c in classes}
     compile_all(sorted(wanted, key=str), given.processes)
     say(f"{len(wanted)} tiles compiled in {time.monotonic() - begun:.0f} s")
     given.out.mkdir(parents=True, exist_ok=True)
@@ -281,9 +328,12 @@ def main() -> None:
         size = n * k // (1 if kind == "w8a8" else 2)
         ws = [weights(kind, n, k) for _ in range(max(1, int(COLD // size) + 1))]
         for m in given.tokens:
-            found = best(kind, m, n, k, entries.get((kind, n, k, m)), ws if m <= 512 else ws[:2])
-            entries[kind, n, k, m] = found
-            say(f"{kind} {n}x{k} {m}: {found.us} us {found.tile}")
+            for cuda in classes:
+                key = (kind, n, k, m, cuda)
+                found = best(kind, m, n, k, entries.get(key), ws if m <= 512 else ws[:2], tiles(kind, m, n, k, cuda))
+                if found:
+                    entries[key] = found
+                    say(f"{kind} {n}x{k} {m}: {found.us} us {found.tile}")
         write(path, entries.values())
 
 

@@ -33,6 +33,7 @@ KERNELS = {
     "parts_kernel",
     "pick_kernel",
     "produced_kernel",
+    "product",
     "quantize_kernel",
     "rope_write_kernel",
     "score_kernel",
@@ -48,7 +49,7 @@ KERNELS = {
     "window_kernel",
 }
 """All kernels: each has at least one launch in the catalogue."""
-HOPPER = {"bound_kernel", "few_kernel", "hopper_kernel", "flash_gluon_kernel", "swiglu_parts_kernel"}
+HOPPER = {"bound_kernel", "few_kernel", "hopper_kernel", "flash_gluon_kernel", "product", "swiglu_parts_kernel"}
 """Kernels for compute capability 9.0 alone."""
 
 
