@@ -25,7 +25,7 @@ from omniserve.kernels.keep import keep_row, row_of
 from omniserve.kernels.write import checked
 from omniserve.ops.select import Chosen, select_pages
 
-CROWD = {0: 24, 4: 16, 8: 8, 16: 10}
+CROWD = {0: 24, 4: 16, 8: 7, 16: 10}
 """Programs of a scorer per processor, by the bits of the keys that it reads (0: bounds): enough to hide the way to
 memory, few enough to end early at low cost. Measured on an H200, like the warps and stages below."""
 
