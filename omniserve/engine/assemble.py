@@ -144,6 +144,7 @@ class Assembler:
             singles=singles,
             longest=max(plan.seq_len),
             tiles=len(plan.slots) - chunks,
+            tiled=tuple(plan.tiled),
             cuts=cut_rows((seq_len[:singles] + PAGE - 1) // PAGE) if singles else None,
             chunks=plan.positions_of(range(singles, len(plan.slots))),
         )
@@ -198,6 +199,7 @@ class _Plan:
         self.seq_len: list[int] = []
         self.slots: list[int] = []
         self.prompts: list[int] = []
+        self.tiled: list[int] = []  # tiles of each work that has some
         self.spans: dict[int, list[tuple[int, slice]]] = {}
 
     def singles(self, number: int, work: Work) -> None:
@@ -221,7 +223,9 @@ class _Plan:
         first, last = max(tiles_from, work.start), min(work.prompt, work.start + work.count)
         if first < last:
             assert first % TILE == 0, f"a chunk begins within a tile: {work}"
-            self._take(number, work, range(first, last), (*range(first + TILE, last, TILE), last))
+            ends = (*range(first + TILE, last, TILE), last)
+            self.tiled.append(len(ends))
+            self._take(number, work, range(first, last), ends)
 
     def positions_of(self, rows: range) -> tuple[range, ...]:
         """Return the positions of the queries of these rows."""

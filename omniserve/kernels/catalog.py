@@ -679,46 +679,51 @@ def _prefill(arch: int) -> Iterator[Spec]:
                     "head0": "i32", "ids_row": "i32", "ids_head": "i32", "sink": "i32", "local": "i32",
                 },
                 constants=prefill.gather_constants(
-                    head_dim, bits, slots=not sparse, listed=group == 3, some=sparse, window=sparse
+                    head_dim, bits, slots=not sparse, listed=group != 4, shared=group == 8, some=sparse, window=sparse
                 ),
                 warps=4,
                 loose=("rows", "pages", "tiles", "places", "heads", "head0", "ids_row", "ids_head", "sink", "local",
                        "ids", "index", "slots", "count", "cu_q", "seq_len"),
                 first=arch == 90 and (group, bits) == (4, 4),
             )  # fmt: skip
-        for window in (False, True):
+        for window, shared in ((False, False), (True, False), (False, True)):
+            what = ", window" if window else ", chosen pages" if shared else ""
             if arch == 90 and flash.serves(head_dim):
                 yield Spec(
-                    name=f"gluon attend {group} heads of {head_dim}, prompts{', window' if window else ''}",
+                    name=f"gluon attend {group} heads of {head_dim}, prompts{what}",
                     arch=arch,
                     kernel=flash.flash_gluon_kernel,
-                    types=flash.boxes(head_dim, "bf16")
+                    types=flash.boxes(head_dim, "bf16", shared=shared)
                     | {
-                        "out": model, "plan": "*i32", "to": "*i64", "out_stride": "i32", "out_head": "i32",
-                        "keys": "i32", "heads": "i32", "together": "i32", "tiles": "i32", "scale": "fp32",
+                        "out": model, "plan": "*i32", "to": "*i64", "index": "*i32", "out_stride": "i32",
+                        "out_head": "i32", "keys": "i32", "heads": "i32", "together": "i32", "tiles": "i32",
+                        "head0": "i32", "index_row": "i32", "index_head": "i32", "places": "i32", "scale": "fp32",
                         "sink": "i32", "local": "i32",
                     },
-                    constants={"TO": window, "WINDOW": window, "G": group, "D": head_dim},
+                    constants={"TO": window, "WINDOW": window, "SHARED": shared, "G": group, "D": head_dim},
                     warps=4,
-                    loose=("out_head", "keys", "heads", "together", "tiles", "sink", "local", "to"),
+                    loose=("out_head", "keys", "heads", "together", "tiles", "head0", "index_row", "index_head",
+                           "places", "sink", "local", "to", "index"),
                     matrix="wgmma",
                     longest=FLASH_LOOP,
                     first=group == 4,
                 )  # fmt: skip
-            flags = prefill.constants(group, head_dim, arch=arch, to=window, window=window)
+            flags = prefill.constants(group, head_dim, arch=arch, to=window, window=window, shared=shared)
             yield Spec(
-                name=f"attend {group} heads of {head_dim}, prompts{', window' if window else ''}",
+                name=f"attend {group} heads of {head_dim}, prompts{what}",
                 arch=arch,
                 kernel=prefill.flash_kernel,
                 types={
-                    "q": model, "k": model, "v": model, "out": model, "plan": "*i32", "to": "*i64", "q_stride": "i32",
-                    "out_stride": "i32", "out_head": "i32", "keys": "i32", "heads": "i32", "scale": "fp32",
+                    "q": model, "k": model, "v": model, "out": model, "plan": "*i32", "to": "*i64", "index": "*i32",
+                    "q_stride": "i32", "out_stride": "i32", "out_head": "i32", "keys": "i32", "heads": "i32",
+                    "head0": "i32", "index_row": "i32", "index_head": "i32", "places": "i32", "scale": "fp32",
                     "sink": "i32", "local": "i32",
                 },
                 constants=flags,
                 warps=prefill.warps_of(flags),
                 stages=prefill.stages_of(flags),
-                loose=("out_head", "keys", "heads", "sink", "local", "to"),
+                loose=("out_head", "keys", "heads", "head0", "index_row", "index_head", "places", "sink", "local",
+                       "to", "index"),
                 matrix="wgmma" if arch == 90 else FLOATS,
                 longest=PROMPT_LOOP,
                 first=arch == 90 and group == 4,

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from omniserve.base.types import PAGE
 from omniserve.kernels.plan import BLOCK, FIELDS, QUERIES
 
 STAGES = 2
@@ -31,6 +32,7 @@ REGISTERS = 240
 
 _BLOCK = gl.constexpr(BLOCK)
 _FIELDS = gl.constexpr(FIELDS)
+_PAGE = gl.constexpr(PAGE)
 _HALF = gl.constexpr(QUERIES // 2)
 _STAGES = gl.constexpr(STAGES)
 _REGISTERS = gl.constexpr(REGISTERS)
@@ -88,9 +90,22 @@ def _walk(count, position, long, local, WINDOW: gl.constexpr):
 
 
 @gluon.jit
+def _fetch(desc, here, then, full, place, SHARED: gl.constexpr):
+    """Copy a block of keys or values, or its two pages."""
+    if SHARED:
+        mbarrier.expect(full, 2 * desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(desc, [here, 0], full, place.slice(0, _PAGE))
+        tma.async_copy_global_to_shared(desc, [then, 0], full, place.slice(_PAGE, _PAGE))
+    else:
+        mbarrier.expect(full, desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(desc, [here, 0], full, place)
+
+
+@gluon.jit
 def _copy(
-    q_desc, k_desc, v_desc, plan, items, heads, together, keys, local, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty,
-    v_full, v_empty, WINDOW: gl.constexpr, G: gl.constexpr, D: gl.constexpr,
+    q_desc, k_desc, v_desc, plan, items, heads, together, keys, index, head0, index_row, index_head, places, local,
+    q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, WINDOW: gl.constexpr, SHARED: gl.constexpr,
+    G: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """One warp: fetch queries, keys and values, as places for them become free."""
     done = items * 0
@@ -109,12 +124,15 @@ def _copy(
             phase = ((done + step) // _STAGES) & 1
             key = gl.where(step < lead, step, step - lead + first) * _BLOCK
             here = row + key - gl.where(key < long, 0, left)
+            then = here
+            if SHARED:  # two pages of the list; behind its end any page will do, no query sees it
+                listed = index + long * index_row + (head0 + head // G) * index_head
+                here = row + gl.load(listed + gl.minimum(2 * step, places - 1)) * _PAGE
+                then = row + gl.load(listed + gl.minimum(2 * step + 1, places - 1)) * _PAGE
             mbarrier.wait(k_empty.index(at), phase ^ 1)
-            mbarrier.expect(k_full.index(at), k_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(k_desc, [here, 0], k_full.index(at), k_s.index(at))
+            _fetch(k_desc, here, then, k_full.index(at), k_s.index(at), SHARED)
             mbarrier.wait(v_empty.index(at), phase ^ 1)
-            mbarrier.expect(v_full.index(at), v_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(v_desc, [here, 0], v_full.index(at), v_s.index(at))
+            _fetch(v_desc, here, then, v_full.index(at), v_s.index(at), SHARED)
         done += steps
 
 
@@ -235,27 +253,45 @@ def _compute(
 
 
 @gluon.jit(
-    do_not_specialize=["out_head", "keys", "heads", "together", "tiles", "sink", "local"],
-    do_not_specialize_on_alignment=["to"],
+    do_not_specialize=[
+        "out_head",
+        "keys",
+        "heads",
+        "together",
+        "tiles",
+        "head0",
+        "index_row",
+        "index_head",
+        "places",
+        "sink",
+        "local",
+    ],
+    do_not_specialize_on_alignment=["to", "index"],
 )
 def flash_gluon_kernel(
     q_desc,  # [T, Hq D], blocks of half a tile's tokens of one head
-    k_desc,  # [H N, D], blocks of BLOCK keys
+    k_desc,  # [H N, D], blocks of BLOCK keys; of pages if SHARED
     v_desc,
     out,  # [T, Hq, D], tokens `out_stride` apart
     plan,  # int32 [tiles + 1, FIELDS]; the last row begins with how many tiles there are
     to,  # int64 [heads], read if TO
+    index,  # int32 logical pages, read if SHARED
     out_stride,
     out_head,  # where the first of these heads goes in `out`
     keys,  # N
     heads,  # query heads
     together,  # of them, those that go through all tiles before the next ones do: they share what is in the cache
     tiles,  # at most
+    head0,  # the first of the key heads
+    index_row,  # strides of index
+    index_head,
+    places,  # of each list
     scale,  # of scores, times log2(e)
     sink,
     local,
     TO: gl.constexpr,
     WINDOW: gl.constexpr,
+    SHARED: gl.constexpr,
     G: gl.constexpr,
     D: gl.constexpr,
 ):
@@ -285,8 +321,9 @@ def flash_gluon_kernel(
                         q_full, q_empty, k_full, k_empty, v_full, v_empty, 0, TO, WINDOW, D)),
             (_compute, (plan, items, heads, together, out, to, out_stride, out_head, scale, sink, local, q_s, k_s, v_s,
                         q_full, q_empty, k_full, k_empty, v_full, v_empty, 1, TO, WINDOW, D)),
-            (_copy, (q_desc, k_desc, v_desc, plan, items, heads, together, keys, local, q_s, k_s, v_s, q_full, q_empty,
-                     k_full, k_empty, v_full, v_empty, WINDOW, G, D)),
+            (_copy, (q_desc, k_desc, v_desc, plan, items, heads, together, keys, index, head0, index_row, index_head,
+                     places, local, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, WINDOW, SHARED,
+                     G, D)),
         ],
         [4, 1],
         [_REGISTERS, 24],
@@ -299,11 +336,13 @@ def serves(head_dim: int) -> bool:
 
 
 def launch(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, plan: Tensor, to: Tensor | None, *, group: int, out_head: int,
-    scale: float, sink: int, local: int | None, together: int, programs: int,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, plan: Tensor, to: Tensor | None, index: Tensor,
+    lists: tuple[int, int, int, int], *, group: int, out_head: int, scale: float, sink: int, local: int | None,
+    together: int, programs: int, shared: bool,
 ) -> None:  # fmt: skip
     """Attend for query heads q [T, heads, D] to k, v [H, N, D]; arguments are those of `prefill.flash_kernel`.
 
+    lists: head0, index_row, index_head, places
     group: query heads per key head; programs: as many as the card runs at a time
     together: heads that go through all tiles before the next ones do. All heads keep the programs busy to the end where
     tiles differ; the heads of one key keep its keys in the cache where they do not (measured from 128K on: 7 to 12 %)
@@ -317,21 +356,22 @@ def launch(
         [QUERIES // 2, head_dim],
         _layout(QUERIES // 2, head_dim, q.dtype),
     )
+    some = PAGE if shared else BLOCK
     keys, values = (
-        TensorDescriptor.from_tensor(x.view(-1, head_dim), [BLOCK, head_dim], _layout(BLOCK, head_dim, x.dtype))
+        TensorDescriptor.from_tensor(x.view(-1, head_dim), [some, head_dim], _layout(some, head_dim, x.dtype))
         for x in (k, v)
     )
     flash_gluon_kernel[(min(tiles * heads, programs),)](
-        flat, keys, values, out, plan, plan if to is None else to, out.stride(0), out_head, k.shape[1], heads,
-        together, tiles, scale, sink, local or 0, TO=to is not None, WINDOW=local is not None, G=group,
-        D=head_dim, num_warps=4,
+        flat, keys, values, out, plan, plan if to is None else to, index, out.stride(0), out_head, k.shape[1], heads,
+        together, tiles, *lists, scale, sink, local or 0, TO=to is not None, WINDOW=local is not None, SHARED=shared,
+        G=group, D=head_dim, num_warps=4,
     )  # fmt: skip
 
 
-def boxes(head_dim: int, element: str) -> dict[str, str]:
+def boxes(head_dim: int, element: str, *, shared: bool) -> dict[str, str]:
     """Return Triton's types of what is copied in boxes, by argument."""
     like = {"bf16": torch.bfloat16, "fp16": torch.float16}[element]
-    of = {"q_desc": QUERIES // 2, "k_desc": BLOCK, "v_desc": BLOCK}
+    of = {"q_desc": QUERIES // 2} | dict.fromkeys(("k_desc", "v_desc"), PAGE if shared else BLOCK)
     return {
         name: f"tensordesc<{element}[{rows},{head_dim}],{_layout(rows, head_dim, like)!r}>" for name, rows in of.items()
     }

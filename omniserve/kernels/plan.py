@@ -11,7 +11,8 @@ BLOCK = 128
 FIELDS = 6
 """Numbers of a tile in the plan: its first token, its queries, the position of the first; where the keys of its row
 begin in the scratch, how many of them lie there from position 0 on, how many positions are left out behind these. Where
-pages were chosen, positions count from the first key of the list."""
+pages were chosen, positions count from the first key of the list. Where all tiles of a sequence find theirs among its
+pages, the row stands in place of the fifth number."""
 
 
 def check_lists(ids: Tensor, index: Tensor | None) -> None:

@@ -9,6 +9,7 @@ depend on its own row alone, whatever the chunk or the batch.
 import functools
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -58,17 +59,28 @@ def _kept(begin, length, sink, local, places, LISTED: tl.constexpr, WINDOW: tl.c
 
 
 @triton.jit
-def _sizes(r, rows, cu_q, seq_len, sink, local, places, LISTED: tl.constexpr, WINDOW: tl.constexpr):
+def _sizes(
+    r, rows, cu_q, seq_len, slots, sink, local, places, LISTED: tl.constexpr, SHARED: tl.constexpr,
+    WINDOW: tl.constexpr,
+):  # fmt: skip
     """Return (pages in the scratch, tiles) of rows r; 0 where there is no row."""
     there = r < rows
     length = tl.load(seq_len + r, mask=there, other=0)
     tokens = tl.load(cu_q + r + 1, mask=there, other=0) - tl.load(cu_q + r, mask=there, other=0)
-    size, _, _ = _kept(length - tokens, length, sink, local, places, LISTED, WINDOW)
-    return tl.where(there, size, 0), tl.cdiv(tokens, _QUERIES)
+    PER_ROW: tl.constexpr = LISTED and not SHARED
+    size, _, _ = _kept(length - tokens, length, sink, local, places, PER_ROW, WINDOW)
+    holds = there
+    if SHARED:  # the last of a sequence's tiles holds its pages
+        following = tl.load(slots + r + 1, mask=r + 1 < rows, other=-1)
+        holds = there & (following != tl.load(slots + r, mask=there, other=-1))
+    return tl.where(holds, size, 0), tl.cdiv(tokens, _QUERIES)
 
 
 @triton.jit
-def _tile(tile, tiles, rows, cu_q, seq_len, count, sink, local, places, LISTED: tl.constexpr, WINDOW: tl.constexpr):
+def _tile(
+    tile, tiles, rows, cu_q, seq_len, slots, count, sink, local, places, LISTED: tl.constexpr, SHARED: tl.constexpr,
+    WINDOW: tl.constexpr,
+):  # fmt: skip
     """Return what the plan says of tiles, how many blocks of keys they read (-1: no tile), and all rows' tiles."""
     of = tile * 0
     first = tile * 0
@@ -76,7 +88,7 @@ def _tile(tile, tiles, rows, cu_q, seq_len, count, sink, local, places, LISTED: 
     whole = rows * 0
     for some in range(0, rows, _ROWS):
         r = some + tl.arange(0, _ROWS)
-        size, more = _sizes(r, rows, cu_q, seq_len, sink, local, places, LISTED, WINDOW)
+        size, more = _sizes(r, rows, cu_q, seq_len, slots, sink, local, places, LISTED, SHARED, WINDOW)
         past = ((tl.cumsum(more, 0) + whole)[None, :] <= tile[:, None]) & (r < rows)[None, :]
         of += tl.sum(past.to(tl.int32), 1)
         first += tl.sum(tl.where(past, more[None, :], 0), 1)
@@ -88,6 +100,8 @@ def _tile(tile, tiles, rows, cu_q, seq_len, count, sink, local, places, LISTED: 
     length = tl.load(seq_len + of, mask=there, other=0)
     position = length - queries
     _, long, left = _kept(position, length, sink, local, places, LISTED, WINDOW)
+    if SHARED:
+        long = of
     if LISTED:
         # The row's own pages end the list, and all before are seen: only how many these are matters.
         own = (length - 1) // _PAGE - position // _PAGE + 1
@@ -115,7 +129,7 @@ def gather_kernel(
     ids,  # int32 physical pages
     index,  # int32 logical pages, read if LISTED
     count,  # int32 [rows], read if LISTED
-    slots,  # int64 [rows], read if SLOTS
+    slots,  # int64 [rows], read if SLOTS; if SHARED those of a sequence are equal and adjacent
     cu_q,  # int32, from the first of these rows
     seq_len,  # int32 [rows]
     rows,
@@ -130,6 +144,7 @@ def gather_kernel(
     local,
     SLOTS: tl.constexpr,
     LISTED: tl.constexpr,  # pages that were chosen; otherwise those that every query's window shows, in order
+    SHARED: tl.constexpr,  # all pages of each sequence, once for all its tiles, which find those of their lists there
     SOME: tl.constexpr,  # the list has the sink's and the window's pages alone
     WINDOW: tl.constexpr,
     D: tl.constexpr,
@@ -145,13 +160,13 @@ def gather_kernel(
         if head == 0:
             tile = (pid - pages) * _PLANNED + tl.arange(0, _PLANNED)
             token, queries, position, start, long, left, steps, whole = _tile(
-                tile, tiles, rows, cu_q, seq_len, count, sink, local, places, LISTED, WINDOW
+                tile, tiles, rows, cu_q, seq_len, slots, count, sink, local, places, LISTED, SHARED, WINDOW
             )
             rank = tl.zeros((_PLANNED,), tl.int32)  # longest first
             for begin in range(0, tiles, _PLANNED):
                 other = begin + tl.arange(0, _PLANNED)
                 _, _, _, _, _, _, theirs, _ = _tile(
-                    other, tiles, rows, cu_q, seq_len, count, sink, local, places, LISTED, WINDOW
+                    other, tiles, rows, cu_q, seq_len, slots, count, sink, local, places, LISTED, SHARED, WINDOW
                 )
                 longer = theirs[None, :] > steps[:, None]
                 earlier = (theirs[None, :] == steps[:, None]) & (other[None, :] < tile[:, None])
@@ -162,7 +177,7 @@ def gather_kernel(
             tl.store(at + 1, queries, mask=there)
             tl.store(at + 2, position, mask=there)
             tl.store(at + 3, start * _PAGE, mask=there)
-            tl.store(at + 4, long * _PAGE, mask=there)
+            tl.store(at + 4, long if SHARED else long * _PAGE, mask=there)
             tl.store(at + 5, left * _PAGE, mask=there)
             tl.store(plan + tiles * _FIELDS, whole)
         return
@@ -172,7 +187,7 @@ def gather_kernel(
     whole = pid * 0
     for some in range(0, rows, _ROWS):
         r = some + tl.arange(0, _ROWS)
-        size, _ = _sizes(r, rows, cu_q, seq_len, sink, local, places, LISTED, WINDOW)
+        size, _ = _sizes(r, rows, cu_q, seq_len, slots, sink, local, places, LISTED, SHARED, WINDOW)
         past = (tl.cumsum(size, 0) + whole <= pid) & (r < rows)
         row += tl.sum(past.to(tl.int32), 0)
         start += tl.sum(tl.where(past, size, 0), 0)
@@ -182,11 +197,12 @@ def gather_kernel(
     slot = pid - start
     length = tl.load(seq_len + row)
     begin = length - (tl.load(cu_q + row + 1) - tl.load(cu_q + row))
-    _, lead, skip = _kept(begin, length, sink, local, places, LISTED, WINDOW)
+    PER_ROW: tl.constexpr = LISTED and not SHARED
+    _, lead, skip = _kept(begin, length, sink, local, places, PER_ROW, WINDOW)
     logical = tl.where(slot < lead, slot, slot + skip)
     place = logical
     listed = logical * _PAGE < length
-    if LISTED:
+    if PER_ROW:
         place = slot
         listed = slot < tl.load(count + row)
     if SOME:
@@ -197,7 +213,7 @@ def gather_kernel(
     x = row.to(tl.int64)
     if SLOTS:
         x = tl.load(slots + row)
-    if LISTED:
+    if PER_ROW:
         logical = tl.load(index + x * ids_row + (head0 + head) * ids_head + place, mask=listed, other=0)
     id = tl.load(ids + x * ids_row + (head0 + head) * ids_head + place, mask=listed, other=-1)
 
@@ -235,8 +251,8 @@ def gather_kernel(
 
 @triton.jit
 def _steps(
-    begin, end, q, k, v, a, best, weight, query, lead, first, long, skip, scale, sink, local,
-    MASK: tl.constexpr, WINDOW: tl.constexpr, W: tl.constexpr, KEYS: tl.constexpr,
+    begin, end, q, k, v, listed, places, a, best, weight, query, lead, first, long, skip, scale, sink, local,
+    MASK: tl.constexpr, WINDOW: tl.constexpr, SHARED: tl.constexpr, W: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Add blocks [begin, end) of a tile's walk to its sums."""
     at = tl.arange(0, KEYS)
@@ -248,6 +264,8 @@ def _steps(
         here = key
         if WINDOW:
             here = tl.where(key < long, key, key - skip)
+        if SHARED:  # behind the list's end any page will do: no query sees it
+            here = tl.load(listed + tl.minimum(key // _PAGE, places - 1)) * _PAGE + key % _PAGE
         rows = here + at
         s = tl.dot(q, tl.load(k + rows[None, :] * W + dim[:, None]))
         if MASK:
@@ -270,7 +288,10 @@ def _steps(
     return a, best, weight
 
 
-@triton.jit(do_not_specialize=["out_head", "keys", "heads", "sink", "local"], do_not_specialize_on_alignment=["to"])
+@triton.jit(
+    do_not_specialize=["out_head", "keys", "heads", "head0", "index_row", "index_head", "places", "sink", "local"],
+    do_not_specialize_on_alignment=["to", "index"],
+)
 def flash_kernel(
     q,  # [T, Hq, D], tokens `q_stride` apart; from the first head of these
     k,  # [H, N, W]
@@ -278,15 +299,21 @@ def flash_kernel(
     out,  # [T, Hq, D], tokens `out_stride` apart
     plan,  # int32 [tiles + 1, FIELDS]
     to,  # int64 [G H], read if TO
+    index,  # int32 logical pages, read if SHARED
     q_stride,
     out_stride,
     out_head,  # where the first of these heads goes in `out`
     keys,  # N
     heads,  # query heads
+    head0,  # the first of their key heads
+    index_row,  # strides of index
+    index_head,
+    places,  # of each list
     scale,  # of scores, times log2(e)
     sink,
     local,
     WINDOW: tl.constexpr,
+    SHARED: tl.constexpr,
     TO: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -319,6 +346,9 @@ def flash_kernel(
     base = (head.to(tl.int64) * keys + start) * W
     k += base
     v += base
+    listed = index
+    if SHARED:
+        listed += long * index_row + (head0 + head) * index_head
     lead = 0
     first = 0
     stop = tl.cdiv(position + tl.minimum(tokens, QUERIES), KEYS)
@@ -338,16 +368,16 @@ def flash_kernel(
     a = tl.zeros((QUERIES, W), tl.float32)
     if WINDOW:
         a, best, weight = _steps(
-            0, inner, queries, k, v, a, best, weight, query, lead, first, long, skip, scale, sink, local,
-            True, WINDOW, W, KEYS,
+            0, inner, queries, k, v, listed, places, a, best, weight, query, lead, first, long, skip, scale, sink,
+            local, True, WINDOW, SHARED, W, KEYS,
         )  # fmt: skip
     a, best, weight = _steps(
-        inner, outer, queries, k, v, a, best, weight, query, lead, first, long, skip, scale, sink, local,
-        False, WINDOW, W, KEYS,
+        inner, outer, queries, k, v, listed, places, a, best, weight, query, lead, first, long, skip, scale, sink,
+        local, False, WINDOW, SHARED, W, KEYS,
     )  # fmt: skip
     a, best, weight = _steps(
-        outer, stop, queries, k, v, a, best, weight, query, lead, first, long, skip, scale, sink, local,
-        True, WINDOW, W, KEYS,
+        outer, stop, queries, k, v, listed, places, a, best, weight, query, lead, first, long, skip, scale, sink, local,
+        True, WINDOW, SHARED, W, KEYS,
     )  # fmt: skip
     slot = out_head + group
     if TO:
@@ -388,7 +418,8 @@ class Prompts:
         assert len(chunks) == len(self.run), f"attend: {len(self.run)} rows of prompts, the host knows {len(chunks)}"
         pages, visible = self.reading.pages, self.reading.visible
         chosen = 0 if pages.index is None or visible.local is not None else pages.ids.shape[-1]
-        return room_of(chunks, chosen, visible.sink, visible.local)
+        tiled = self.rows.tiled if self.reading.every is not None and self.run == self.reading.rows else ()
+        return room_of(chunks, chosen, tiled, visible.sink, visible.local)
 
 
 @dataclass(frozen=True, slots=True)
@@ -397,20 +428,28 @@ class Room:
 
     tiles, pages: of all rows, pages in the scratch; places: of these, each row's where pages were chosen, else 0
     level: the longest tile reads at most a tenth more than the shortest
+    shared: tiles find their pages among all of their sequence
     """
 
     tiles: int
     pages: int
     places: int
     level: bool
+    shared: bool = False
 
 
 @functools.lru_cache(64)  # all layers of a step ask for the same
-def room_of(chunks: tuple[range, ...], chosen: int, sink: int, local: int | None) -> Room:
-    """Return what rows with queries at these positions take; chosen: pages of each list, 0 if positions tell them."""
+def room_of(chunks: tuple[range, ...], chosen: int, tiled: tuple[int, ...], sink: int, local: int | None) -> Room:
+    """Return what rows with queries at these positions take.
+
+    chosen: pages of each list, 0 if positions tell them; tiled: how many rows each sequence has, if this is known
+    """
     tiles = sum(ceil_div(len(chunk), QUERIES) for chunk in chunks)
     if chosen:
         places = _even(chosen * PAGE)
+        every = sum(_even(chunks[end - 1].stop) for end in accumulate(tiled))
+        if tiled and every < places * len(chunks):
+            return Room(tiles, every, places, level=False, shared=True)
         return Room(tiles, places * len(chunks), places, level=False)
     pages = 0
     for chunk in chunks:
@@ -452,19 +491,22 @@ def gather(prompts: Prompts, k: Tensor, v: Tensor, plan: Tensor, heads: range) -
     """Unpack what these key heads may read into k, v [heads, N, W], and write the plan of the tiles."""
     store: Any = prompts.group.store
     run, past, pages, visible = prompts.run, prompts.past, prompts.reading.pages, prompts.reading.visible
-    rowwise, places = pages.slots is None, prompts.room.places
+    rowwise, places, shared, slots = pages.slots is None, prompts.room.places, prompts.room.shared, pages.slots
     ids = pages.ids[past] if rowwise else pages.ids
     index = None if pages.index is None else pages.index[past] if rowwise else pages.index
+    if shared:
+        assert prompts.reading.every is not None
+        (ids, slots), index, rowwise = prompts.reading.every, None, False
     check_lists(ids, index)
     seq_len, cu_q = prompts.rows.seq_len[run.start : run.stop], prompts.rows.cu_q[run.start : run.stop + 1]
     flags = gather_constants(
-        store.head_dim, store.format.bits, slots=not rowwise, listed=places > 0,
+        store.head_dim, store.format.bits, slots=not rowwise, listed=places > 0, shared=shared,
         some=index is not None and places == 0, window=visible.local is not None,
     )  # fmt: skip
     size, tiles = k.shape[1] // PAGE, plan.shape[0] - 1
     gather_kernel[(size + ceil_div(tiles, PLANNED), len(heads))](
         k, v, plan, store.pages.view(store.format.element), store.pages.view(torch.float16), ids,
-        ids if index is None else index, pages.count[past], cu_q if rowwise else pages.slots[past], cu_q, seq_len,
+        ids if index is None else index, pages.count[past], cu_q if rowwise else slots[past], cu_q, seq_len,
         len(run), size, tiles, places, store.heads, heads.start, ids.stride(0),
         ids.stride(1) if ids.dim() == 3 else 0, visible.sink, visible.local or 0, **flags, num_warps=4,
     )  # fmt: skip
@@ -478,17 +520,28 @@ def flash(prompts: Prompts, k: Tensor, v: Tensor, plan: Tensor, heads: range, *,
     first, asking = group.heads.start + skipped, per_key * len(heads)
     mine = q[:, first : first + asking]
     to = None if group.to is None else group.to[skipped:]
+    index, room = plan, prompts.room
+    if room.shared:
+        assert prompts.reading.pages.index is not None
+        index = prompts.reading.pages.index
+        assert index.dim() == 3 and index.stride(2) == 1, index.stride()
+    lists = (heads.start, index.stride(0), index.stride(1), index.shape[-1])
     scale = prompts.scale * math.log2(math.e)
     if gluon:
         flash_gluon.launch(
-            mine, k, v, out, plan, to, group=per_key, out_head=first, scale=scale, sink=visible.sink,
-            local=visible.local, together=per_key if prompts.room.level else asking, programs=processors(),
+            mine, k, v, out, plan, to, index, lists, group=per_key, out_head=first, scale=scale, sink=visible.sink,
+            local=visible.local, together=per_key if room.level else asking, programs=processors(),
+            shared=room.shared,
         )  # fmt: skip
         return
-    flags = constants(per_key, q.shape[2], arch=architecture(), to=to is not None, window=visible.local is not None)
+    flags = constants(
+        per_key, q.shape[2], arch=architecture(), to=to is not None, window=visible.local is not None,
+        shared=room.shared,
+    )  # fmt: skip
     flash_kernel[((plan.shape[0] - 1) * (QUERIES // flags["QUERIES"]) * asking,)](
-        mine, k, v, out, plan, plan if to is None else to, q.stride(0), out.stride(0), first, k.shape[1], asking,
-        scale, visible.sink, visible.local or 0, **flags, num_warps=warps_of(flags), num_stages=stages_of(flags),
+        mine, k, v, out, plan, plan if to is None else to, index, q.stride(0), out.stride(0), first, k.shape[1], asking,
+        *lists, scale, visible.sink, visible.local or 0, **flags, num_warps=warps_of(flags),
+        num_stages=stages_of(flags),
     )  # fmt: skip
 
 
@@ -506,23 +559,25 @@ def serving() -> str:
 
 @functools.cache
 def gather_constants(
-    head_dim: int, bits: int, *, slots: bool, listed: bool, some: bool, window: bool
+    head_dim: int, bits: int, *, slots: bool, listed: bool, shared: bool, some: bool, window: bool
 ) -> dict[str, int | bool]:
     """Return what `gather_kernel` is compiled for."""
     need(head_dim >= 32 or INTERPRETED, f"heads of {head_dim} dims on a GPU: 32 to 256 are there")
     return {
-        "SLOTS": slots, "LISTED": listed, "SOME": some, "WINDOW": window,
+        "SLOTS": slots, "LISTED": listed, "SHARED": shared, "SOME": some, "WINDOW": window,
         "D": head_dim, "W": power_of_two(head_dim), "BITS": bits, "ASM": not INTERPRETED,
     }  # fmt: skip
 
 
 @functools.cache
-def constants(group: int, head_dim: int, *, arch: int, to: bool, window: bool) -> dict[str, int | bool]:
+def constants(
+    group: int, head_dim: int, *, arch: int, to: bool, window: bool, shared: bool = False
+) -> dict[str, int | bool]:
     """Return what `flash_kernel` is compiled for."""
     width = power_of_two(head_dim)
     small = width <= (128 if arch == 90 else 64)
     return {
-        "WINDOW": window, "TO": to, "G": group, "D": head_dim, "W": width,
+        "WINDOW": window, "SHARED": shared, "TO": to, "G": group, "D": head_dim, "W": width,
         "QUERIES": 128 if small else 64, "KEYS": 64 if small else 32,
     }  # fmt: skip
 

@@ -54,11 +54,15 @@ class Reading:
 
     Lists of prompt rows are ascending. With a window (`visible.local`) they hold the pages of the sink and all from the
     first that the window shows the row's first query; without, they end with the row's own pages, those of its queries.
+
+    every  of lists that were chosen: the table int32 [slots, max_pages] and slots int64 [R] of all pages of the rows,
+           if they are known; nothing more is seen by them
     """
 
     rows: range
     pages: PageList
     visible: Visible
+    every: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +84,7 @@ class Rows:
     seq_len  int32 [R]: position of a row's last token + 1
     singles  leading rows of produced positions, one token each; a prompt chunk of one token is not among them
     tiles    trailing rows of prompt positions that choose their pages: each begins at a multiple of the tile
+    tiled    how many of them each request has, which are adjacent
     longest  largest seq_len
     cuts     int32 [2, singles + 1] or None: `cut_rows` of the pages of all leading rows; None: `attend` makes it
              itself, in every layer anew
@@ -92,6 +97,7 @@ class Rows:
     singles: int
     longest: int
     tiles: int = 0
+    tiled: tuple[int, ...] = ()
     cuts: Tensor | None = None
     chunks: tuple[range, ...] = ()
     most: Most | None = None

@@ -107,12 +107,11 @@ class PageSelector:
         rows, budget = batch.rows, self._tile_budget
         assert budget is not None
         span = range(rows.count - rows.tiles, rows.count)
-        of = slice(span.start, span.stop)
-        cu_q = rows.cu_q[span.start : span.stop + 1]
-        ids, index, count = select_tiles(
-            q, store, table, batch.slots[of], cu_q, rows.seq_len[of], budget, rows.longest, self._scale
-        )
-        return Reading(rows=span, pages=PageList(ids=ids, index=index, count=count, slots=None), visible=_ALL)
+        cu_q, seq_len = rows.cu_q[span.start : span.stop + 1], rows.seq_len[span.start : span.stop]
+        slots = batch.slots[span.start : span.stop]
+        ids, index, count = select_tiles(q, store, table, slots, cu_q, seq_len, budget, rows.longest, self._scale)
+        chosen = PageList(ids=ids, index=index, count=count, slots=None)
+        return Reading(rows=span, pages=chosen, visible=_ALL, every=(table, slots))
 
 
 _ALL = Visible()

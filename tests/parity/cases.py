@@ -383,6 +383,31 @@ def _long_prompts() -> Iterator[tuple[str, Args]]:
     reading = Reading(rows=range(2), pages=listed, visible=Visible())
     group = HeadGroup(heads=slice(0, 2), to=torch.tensor([1, 0]), reads=(reading,), store=store)
     yield _attended("tiles with pages of their own", q[:205], (group,), rows)
+    for dim in (64, 80):
+        yield _shared_tiles(dim)
+
+
+def _shared_tiles(dim: int) -> tuple[str, Args]:
+    """Tiles of two requests, enough of them that all pages of each are unpacked once, lists of odd lengths."""
+    store, heads, draw = filled("kv4", 2, dim, 30, torch.float16), 2, _generator(dim)
+    rows = replace(_rows_of((512, 640, 768, 256, 384), (128, 128, 77, 128, 128)), tiles=5, tiled=(3, 2))
+    table, slots = torch.randperm(28, generator=draw).int().view(2, 14), torch.tensor([1, 1, 1, 0, 0])
+    last = ((rows.seq_len - 1) // PAGE).tolist()
+    lists = [
+        [[0, *sorted(torch.randperm(end - 2, generator=draw)[:2].add(1).tolist()), end - 1, end] for _ in range(heads)]
+        for end in last
+    ]
+    index = torch.zeros(5, heads, 7, dtype=torch.int32)
+    for row, one in enumerate(lists):
+        index[row, :, : len(one[0])] = torch.tensor(one)
+    ids = torch.gather(table[slots][:, None].expand(-1, heads, -1), 2, index.long())
+    count = torch.tensor([len(one[0]) for one in lists], dtype=torch.int32)
+    pages = PageList(ids=ids, index=index, count=count, slots=None)
+    reading = Reading(rows=range(5), pages=pages, visible=Visible(), every=(table, slots))
+    q = torch.randn(int(rows.cu_q[-1]), 6, dim, generator=draw).half()
+    group = HeadGroup(heads=slice(0, 4), to=torch.tensor([1, 0, 5, 3]), reads=(reading,), store=store)
+    others = replace(group, heads=slice(4, 6), to=torch.tensor([2, 4]))
+    return _attended(f"tiles of two requests whose pages are unpacked once, {dim} dims", q, (group, others), rows)
 
 
 def _streaming(store: LayerPages, table: Tensor, rows: Rows, heads: int) -> tuple[HeadGroup, ...]:
