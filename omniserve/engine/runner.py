@@ -175,6 +175,10 @@ class Runner:
         end = min(longest, LENGTHS[0])
         far = _idle_work(idle, end, (longest - end) // TILE * TILE)
         batches = [[far] * min(rows, most // end) for rows in (min(idle, ROWS[-1]), 1)]
+        border = self.assembler.tiles_from
+        if border is not None and longest > border:  # tiles alone, of one prompt, with the most pages to choose from
+            first = max(border, (longest - most) // TILE * TILE)
+            batches.insert(0, [_idle_work(idle, min(most, longest - first), first)])
         steps.sort(key=sum, reverse=True)
         batches += [[_idle_work(idle, count) for count in chunks] for chunks in steps]
         # Produced tokens computed again after a preemption: more rows of one token than `max_num_seqs` may be.

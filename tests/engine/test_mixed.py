@@ -7,10 +7,12 @@ import torch
 
 from omniserve.base.config import Sparsity
 from omniserve.base.types import Step, Work
+from omniserve.engine.assemble import Assembled
 from omniserve.engine.graphs import MixedGraphs, Replay, mixtures
 from omniserve.engine.mixture import Mixture
 from omniserve.engine.runner import Runner
-from tests.engine.harness import CPU, Ask, Shape, listed, load, outputs, serve
+from omniserve.ops.batch import Workspace
+from tests.engine.harness import CONTEXT, CPU, Ask, Shape, listed, load, outputs, serve
 
 SIZES = (1, 70, 33, 150, 5, 64, 200, 2, 90)
 ASKS = [Ask(tuple((7 * n + 3 * p) % 200 for p in range(size)), tokens=4 + 3 * n) for n, size in enumerate(SIZES)]
@@ -85,6 +87,22 @@ def test_scored_prompts_are_read_where_they_are_padded_to() -> None:
         assert theirs[1] is not None
         close = pytest.approx([one.logprob for one in theirs[1]], abs=1e-9)
         assert [one.logprob for one in ours[1]] == close
+
+
+def test_the_warm_up_runs_a_step_full_of_tiles() -> None:
+    """The most pages that prompts choose from: what it takes is planned, and its kernels are there."""
+    _, runner = load("w8a8kv8", sparsity=SPARSITY["tiles"]).engine(Shape(step=256, seqs=4))
+    taken: list[tuple[tuple[int, ...], int]] = []
+    assemble = runner.assembler.assemble
+
+    def watched(step: Step, work: Workspace) -> Assembled:
+        made = assemble(step, work)
+        taken.append((made.batch.rows.tiled, made.batch.rows.longest))
+        return made
+
+    runner.assembler.assemble = watched  # type: ignore[method-assign]
+    runner.prepare(graphs=False)
+    assert taken[0] == ((2,), CONTEXT)
 
 
 def work(start: int, count: int, prompt: int, *, known: bool = True) -> Work:

@@ -12,8 +12,8 @@ from tests.parity.cases import CASES
 LAWS = {"tiles": 3, "alone": 5, "runs": 3, "pairs": 3, "widths": 3, "padded": 4}
 """Comparisons of a kernel with itself: how many there are."""
 PARTS = (
-    ("attend", "select_pages", "select_tiles", "keep_pages", "widths"),
-    ("rope_write", "tiles", "padded"),
+    ("attend", "select_pages", "keep_pages", "widths"),
+    ("rope_write", "select_tiles", "tiles", "padded"),
     (
         "add_norm", "changed", "cut_rows", "draw_filtered", "draw_narrow", "draw_whole", "gemm_w16a16",
         "gemm_w4a8_blocks", "gemm_w8a8", "greedy", "likeliest", "produced", "quantize", "swiglu", "window_pages",
