@@ -140,6 +140,8 @@ product(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w
   const int steps = (blocks + STEP - 1) / STEP;
   const int first = part * steps / CK, count = (part + 1) * steps / CK - first;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  // The next kernel may begin as soon as there is room: it fetches its own weights and waits for what is written here.
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 
   const int panel = tile_n * BN / 128;
   auto fetch = [&](int i, int s) {  // weights
@@ -187,9 +189,8 @@ product(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w
   }
   __syncthreads();
 #if CK > 1
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");  // after the fence above: no other is waited for
 #endif
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   if (warp == WORKERS / 32) {
     if (lane == 0) {
       asm volatile("griddepcontrol.wait;" ::: "memory");
