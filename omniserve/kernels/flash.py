@@ -60,12 +60,15 @@ def _count(items):
 
 @gluon.jit
 def _read(plan, number, items, heads, together):
-    """Return the plan of an item's tile, and its head: all tiles of `together` heads, then those of the next ones."""
+    """Return the plan of an item's tile, and its head: all tiles of `together` heads, then those of the next ones.
+
+    The last tiles come first: they are the longest of a prompt; what is left over for some programs should be short.
+    """
     item = _item(number, items)
     turn = items // heads * together
     past = item // turn
     rest = item - past * turn
-    at = plan + (rest // together) * _FIELDS
+    at = plan + (items // heads - 1 - rest // together) * _FIELDS
     return (
         gl.load(at),
         gl.load(at + 1),
@@ -345,7 +348,7 @@ def launch(
     lists: head0, index_row, index_head, places
     group: query heads per key head; programs: as many as the card runs at a time
     together: heads that go through all tiles before the next ones do. All heads keep the programs busy to the end where
-    tiles differ; the heads of one key keep its keys in the cache where they do not (measured from 128K on: 7 to 12 %)
+    tiles differ; those of one key keep its keys in the cache where they do not (2.6 % at 64K, from 128K on 7 to 12 %)
     """
     tokens, heads, head_dim = q.shape
     tiles = plan.shape[0] - 1

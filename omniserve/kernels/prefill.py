@@ -427,7 +427,7 @@ class Room:
     """Sizes that the host knows; kernels find out how many tiles and pages there really are.
 
     tiles, pages: of all rows, pages in the scratch; places: of these, each row's where pages were chosen, else 0
-    level: the longest tile reads at most a tenth more than the shortest
+    level: the longest tile reads at most a seventh more than the shortest
     shared: tiles find their pages among all of their sequence
     """
 
@@ -457,7 +457,7 @@ def room_of(chunks: tuple[range, ...], chosen: int, tiled: tuple[int, ...], sink
         first = 0 if local is None else max(chunk.start - local + 1, 0) // BLOCK * (BLOCK // PAGE)
         pages += every - max(first - min(_even(sink), every), 0)
     shortest, longest = min(chunk.start for chunk in chunks), max(chunk.stop for chunk in chunks)
-    return Room(tiles, pages, 0, level=local is None and 10 * shortest >= 9 * longest)
+    return Room(tiles, pages, 0, level=local is None and 8 * shortest >= 7 * longest)
 
 
 def most_room(tokens: int, pages: int, rows: int) -> Room:
