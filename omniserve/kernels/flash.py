@@ -60,15 +60,12 @@ def _count(items):
 
 @gluon.jit
 def _read(plan, number, items, heads, together):
-    """Return the plan of an item's tile, and its head: all tiles of `together` heads, then those of the next ones.
-
-    The last tiles come first: they are the longest of a prompt; what is left over for some programs should be short.
-    """
+    """Return the plan of an item's tile, and its head: all tiles of `together` heads, then those of the next ones."""
     item = _item(number, items)
     turn = items // heads * together
     past = item // turn
     rest = item - past * turn
-    at = plan + (items // heads - 1 - rest // together) * _FIELDS
+    at = plan + (rest // together) * _FIELDS
     return (
         gl.load(at),
         gl.load(at + 1),
