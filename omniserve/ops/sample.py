@@ -34,6 +34,9 @@ NARROW = 64
 CORRUPTED, EXHAUSTED = -1, -2
 """What stands in place of a token where logits are not finite numbers, and where none may be drawn."""
 
+ROWS = 16
+"""Rows whose logits are copied to fp64 at a time."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chance:
@@ -411,7 +414,8 @@ def logprobs(logits: Tensor, tokens: Tensor, count: int) -> Logprobs:
     Rank 1 is the likeliest; among equals the smaller id comes first, so that a list does not depend on its length.
     """
     x = logits.to(exact(logits))
-    norm = torch.logsumexp(x, -1, keepdim=True)
+    # In fp64: torch adds up few rows in another order than many, and a request's list must not depend on its batch.
+    norm = torch.cat([torch.logsumexp(some.double(), -1, keepdim=True) for some in torch.split(x, ROWS)]).to(x.dtype)
     chosen = x.gather(1, tokens[:, None])
     ids = torch.arange(x.shape[1], device=x.device)
     ahead = (x > chosen) | ((x == chosen) & (ids < tokens[:, None]))

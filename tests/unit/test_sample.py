@@ -454,6 +454,16 @@ def test_logprobs_equal_log_softmax(dtype: torch.dtype) -> None:
         assert found.rank[row].item() == order.index(token) + 1
 
 
+def test_logprobs_are_the_same_bits_alone_and_among_others() -> None:
+    logits = 5 * torch.randn(41, 5003, generator=torch.Generator().manual_seed(2))
+    tokens = torch.arange(41)
+    together = logprobs(logits, tokens, 4)
+    for row in range(41):
+        alone = logprobs(logits[row : row + 1], tokens[row : row + 1], 4)
+        assert torch.equal(alone.logprob[0], together.logprob[row]), row
+        assert torch.equal(alone.top_logprobs[0], together.top_logprobs[row]), row
+
+
 def test_a_list_of_logprobs_does_not_depend_on_its_length_and_ties_go_by_id() -> None:
     logits = torch.tensor([[0.0, -0.0, 2.0, 2.0, -1.0, -torch.inf, 2.0]])
     for dtype in (torch.float32, torch.float64):
