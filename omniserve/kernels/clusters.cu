@@ -1,11 +1,13 @@
-// Integer products of few tokens on compute capability 9.0: y^T = w x^T, weights from registers, K cut within a cluster.
+// Integer products of few tokens on compute capability 9.0: y^T = w x^T, weights from registers, K cut in a cluster.
 //
-// A cluster of CK programs computes one tile of BN weights by BM tokens. K is shared out to its programs, and within each
-// to TURNS groups of warps that take turns with blocks of 128 columns. Each of these CK * TURNS owners finishes its own
-// share of the tokens: the others store their sums of these into its shared memory, without asking and without waiting.
-// Sums are integers: no order, no other bits.
+// A cluster of CK programs computes one tile of BN weights by BM tokens. K is shared out to its programs, and in each to
+// TURNS groups of warps that take turns with stages. Each of these CK * TURNS owners finishes its own share of the
+// tokens, in octets: groups of one program add theirs up in the place of the stages, programs store theirs into the
+// owner's shared memory without asking. So a program leaves once it has been given what it waits for: nobody reads what
+// it has, and what it sent is on its way. Sums are integers: no order, no other bits.
 //
-// Constants come from the command line: BM BN CK TURNS STEP (blocks of a stage) STAGES GROUPED ZERO BIAS OUT (0 fp16, 1 bf16, 2 fp32) PROGRAMS (that fit on a multiprocessor).
+// Constants come from the command line: BM BN CK TURNS, STEP (blocks of 128 columns of a stage), STAGES, GROUPED ZERO
+// BIAS, OUT (0 fp16, 1 bf16, 2 fp32) and PROGRAMS (that fit on a multiprocessor). `clusters.py` writes `multiply`.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -16,7 +18,7 @@ struct __align__(64) TensorMap { u64 words[16]; };
 constexpr int SIDES = BN / 64;                        // groups of four warps beside each other, 64 weights each
 constexpr int THREADS = SIDES * 128;                  // that have one tile of sums
 constexpr int WORKERS = THREADS * TURNS;              // that multiply
-constexpr int WEIGHTS = BN * 64;                      // bytes of a stage
+constexpr int WEIGHTS = BN * 64;                      // bytes of a block
 constexpr int TOKENS = BM * 128;
 constexpr int PANELS = BN > 128 ? BN / 128 : 1;       // of 128 weights
 constexpr int TAIL = GROUPED ? PANELS * 256 : 0;      // the groups' parameters
@@ -32,7 +34,8 @@ constexpr int WIDTH = OUT == 2 ? 4 : 2;               // bytes of a result
 constexpr int PITCH = BN * WIDTH + 16;                // bytes between the results of two tokens
 constexpr int RESULTS = MOST * 8 * PITCH;             // bytes of an owner's results
 constexpr int SUMS = SHARED + TURNS * RESULTS;        // bytes of what is exchanged, and of results
-constexpr int PLACE = STAGES * (STAGE + STEP * TAIL) > SUMS ? STAGES * (STAGE + STEP * TAIL) : SUMS;  // first stages, then those
+constexpr int RINGS = STAGES * (STAGE + STEP * TAIL);  // bytes of all stages
+constexpr int PLACE = RINGS > SUMS ? RINGS : SUMS;    // first stages, then sums and results
 
 __device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -87,8 +90,8 @@ __device__ __forceinline__ u32 remote(u32 at, u32 rank) {
 #endif
 }
 __device__ __forceinline__ void give(u32 to, u32 bar, int a, int b, int c, int d) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to), "r"(a),
-               "r"(b), "r"(c), "r"(d), "r"(bar) : "memory");
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
+               ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d), "r"(bar) : "memory");
 }
 __device__ __forceinline__ void barrier_wait_cluster(u32 bar, u32 phase) {
   asm volatile(
@@ -149,7 +152,8 @@ product(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w
     barrier_expect(bar, STAGE + STEP * TAIL_BYTES);
     for (int inner = 0; inner < STEP; ++inner)
       for (int p = 0; p < PANELS; ++p) {
-        const int block = (panel + p) * blocks + min((first + i) * STEP + inner, blocks - 1);  // tokens behind it are zeros
+        // Tokens behind the last block are zeros, its weights may stand there twice.
+        const int block = (panel + p) * blocks + min((first + i) * STEP + inner, blocks - 1);
         fetch_weights(base + s * STAGE + inner * WEIGHTS + p * 8192, &w, block * LINES + tile_n * BN % 128 / 2, bar);
         if (GROUPED) {
           const u8* from = tail + (u64)block * (LINES * 128) + 8192 + tile_n * BN % 128;
@@ -287,7 +291,8 @@ product(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w
   auto wait_for_all = [&]() { asm volatile("bar.sync 1, %0;" ::"n"(WORKERS) : "memory"); };
   auto load_sums = [&](int q, u32 at) {
     int4 v;
-    asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
+    asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
     acc[4 * q] += v.x, acc[4 * q + 1] += v.y, acc[4 * q + 2] += v.z, acc[4 * q + 3] += v.w;
   };
   wait_for_all();  // what was fetched has been read: its place is free; and scales of tokens are there
